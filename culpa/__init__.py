@@ -1,0 +1,33 @@
+"""culpa: which stage of training is to be credited or blamed for what a model does."""
+
+from culpa._version import __version__ as __version__
+from culpa.audit.agreement import Agreement as Agreement
+from culpa.audit.agreement import agreement as agreement
+from culpa.behaviour import Behaviour as Behaviour
+from culpa.behaviour import log_likelihood as log_likelihood
+from culpa.dynamics.propagator import Exact as Exact
+from culpa.errors import BehaviourError as BehaviourError
+from culpa.errors import CulpaError as CulpaError
+from culpa.errors import IntegrityError as IntegrityError
+from culpa.errors import NotReproducibleError as NotReproducibleError
+from culpa.errors import OptionError as OptionError
+from culpa.errors import ProblemError as ProblemError
+from culpa.errors import RecordError as RecordError
+from culpa.errors import StageError as StageError
+from culpa.errors import StoreError as StoreError
+from culpa.errors import UnsupportedError as UnsupportedError
+from culpa.estimators.adjoint import Scores as Scores
+from culpa.estimators.adjoint import attribute as attribute
+from culpa.estimators.embedding import StageEmbeddings as StageEmbeddings
+from culpa.estimators.embedding import embed as embed
+from culpa.estimators.trust import Trust as Trust
+from culpa.problem import Problem as Problem
+from culpa.trajectory.checkpoints import Every as Every
+from culpa.trajectory.checkpoints import Thinned as Thinned
+from culpa.trajectory.recorder import Recorder as Recorder
+from culpa.trajectory.recorder import record as record
+from culpa.trajectory.replay import Counterfactual as Counterfactual
+from culpa.trajectory.replay import replay as replay
+from culpa.trajectory.run import Run as Run
+from culpa.trajectory.run import open_run as open_run
+from culpa.trajectory.schema import Stage as Stage

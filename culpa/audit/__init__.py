@@ -1,0 +1,1 @@
+"""Judging a run: screening by scores, proof by replay."""

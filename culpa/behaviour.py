@@ -1,0 +1,98 @@
+"""Behaviours: the performance functions gamma whose value stages are credited or blamed for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from culpa.errors import BehaviourError, OptionError
+
+
+class Behaviour:
+    """A performance function gamma, evaluated in evaluation mode; its value is the mean.
+
+    Args:
+        name: how tables and reports call it.
+        function: ``function(model, batch) -> [n]``, one number per test point. Higher means more
+            of the behaviour. It must use the ``model`` it is given, and be differentiable in the
+            model's parameters for ``culpa.attribute`` and ``StageEmbeddings.score``.
+        batch: what ``function`` receives, unchanged.
+        unit: the unit of the numbers, for axes and tables.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[[nn.Module, Any], Tensor], batch: Any, unit: str = "nats"
+    ) -> None:
+        if not name:
+            raise OptionError("Behaviour(name=...) must not be empty: tables are labelled with it.")
+        if not callable(function):
+            raise OptionError(
+                f"Behaviour(function=...) must be a function (model, batch) -> [n], "
+                f"got {type(function).__name__}."
+            )
+        self.name = name
+        self.function = function
+        self.batch = batch
+        self.unit = unit
+
+    def __repr__(self) -> str:
+        return f"Behaviour({self.name!r}, unit={self.unit!r})"
+
+    def checked(self, values: Any) -> Tensor:
+        """Return ``values`` if they are one finite number per test point, else raise."""
+        given = f"behaviour {self.name!r} must return a tensor of shape [n], one number a test point"
+        if not isinstance(values, Tensor):
+            raise BehaviourError(f"{given}; got {type(values).__name__}.")
+        if values.ndim != 1 or values.shape[0] == 0:
+            raise BehaviourError(
+                f"{given}; got shape {tuple(values.shape)}. Do not average over the test points."
+            )
+        if not values.is_floating_point():
+            values = values.to(torch.get_default_dtype())
+        if not bool(torch.isfinite(values.detach()).all()):
+            bad = int((~torch.isfinite(values.detach())).sum())
+            raise BehaviourError(f"{given}; {bad} of {values.shape[0]} are not finite.")
+        return values
+
+    def values(self, model: nn.Module) -> Tensor:
+        """gamma at the model as it is, in evaluation mode: float64 ``[n]``, no gradient."""
+        with evaluation_mode(model), torch.no_grad():
+            return self.checked(self.function(model, self.batch)).double()
+
+
+def log_likelihood(name: str, batch: tuple[Tensor, Tensor]) -> Behaviour:
+    """Log-likelihood of the right class, in nats: ``log softmax(model(inputs))[target]``.
+
+    Args:
+        name: how tables and reports call it.
+        batch: ``(inputs, targets)``, targets int64 ``[n]``; ``model(inputs)`` gives logits
+            ``[n, classes]``.
+    """
+    return Behaviour(name, _log_likelihood, batch, unit="nats")
+
+
+def _log_likelihood(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, targets = batch
+    logits = model(inputs)
+    if logits.ndim != 2 or targets.ndim != 1 or logits.shape[0] != targets.shape[0]:
+        raise BehaviourError(
+            f"log_likelihood needs logits [n, classes] and targets [n], got "
+            f"{tuple(logits.shape)} and {tuple(targets.shape)}."
+        )
+    return torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, each restored to its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

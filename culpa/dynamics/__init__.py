@@ -1,0 +1,1 @@
+"""One update as mathematics: pure, differentiable maps anchored at every recorded state."""

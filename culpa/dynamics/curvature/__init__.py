@@ -1,0 +1,1 @@
+"""Curvature operators: products with a matrix that stands for the Hessian, one operator a file."""

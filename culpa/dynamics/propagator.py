@@ -1,0 +1,74 @@
+"""How a difference between two trajectories is carried through one update: strategies as objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from culpa import tree
+from culpa.dynamics.curvature import hessian
+from culpa.dynamics.local import LocalLoss
+from culpa.errors import OptionError
+from culpa.tree import Tree
+
+
+class Propagator(Protocol):
+    """What an estimator needs to know of the loss at one update."""
+
+    @property
+    def citation(self) -> str:
+        """The source of the method, for reports."""
+        ...
+
+    def products(self, local: LocalLoss, vectors: Sequence[Tree]) -> list[Tree]:
+        """C v at the observed parameters for each vector, C a symmetric stand-in for H_k."""
+        ...
+
+    def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:
+        """An estimate of grad L(theta_k) - grad L(theta_k - displacement)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The Hessian itself: M_k of Estimator 4.1 without approximation.
+
+    Args:
+        hvp: how products are computed: ``"reverse-over-reverse"``, ``"forward-over-reverse"``,
+            ``"finite-difference"``, or ``"auto"`` (reverse-over-reverse, cheapest for several
+            behaviours).
+        at: for embeddings, where the curvature is taken along a displacement D: ``"observed"``
+            (theta_k, the paper's) or ``"midpoint"`` (theta_k - D/2: second-order accurate in D).
+    """
+
+    hvp: str = "auto"
+    at: str = "observed"
+
+    def __post_init__(self) -> None:
+        """Check both options."""
+        strategies = ("auto", *hessian.STRATEGIES)
+        if self.hvp not in strategies:
+            raise OptionError(f"Exact(hvp=...) must be one of {', '.join(strategies)}, got {self.hvp!r}.")
+        if self.at not in ("observed", "midpoint"):
+            raise OptionError(f"Exact(at=...) must be 'observed' or 'midpoint', got {self.at!r}.")
+
+    @property
+    def citation(self) -> str:
+        """See ``Propagator``."""
+        return "Zhang, Du, Ma, Lakkaraju, arXiv 2506.00175, Estimator 4.1; Pearlmutter 1994"
+
+    def products(self, local: LocalLoss, vectors: Sequence[Tree]) -> list[Tree]:
+        """See ``Propagator``: H_k v."""
+        return hessian.products(local, local.params, vectors, self._strategy)
+
+    def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:
+        """See ``Propagator``: H(theta_k) D, or H(theta_k - D/2) D."""
+        at = local.params
+        if self.at == "midpoint":
+            at = tree.subtract(at, tree.scale(0.5, displacement))
+        return hessian.products(local, at, [displacement], self._strategy)[0]
+
+    @property
+    def _strategy(self) -> str:
+        return "reverse-over-reverse" if self.hvp == "auto" else self.hvp

@@ -1,0 +1,1 @@
+"""Estimators of stage effects, one a file."""

@@ -1,0 +1,262 @@
+"""Stage embeddings: parameter displacements that are reusable for any later behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from culpa import tree
+from culpa.behaviour import Behaviour, evaluation_mode
+from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.propagator import Exact, Propagator
+from culpa.dynamics.updates import rule_for
+from culpa.errors import OptionError, StageError, StoreError, UnsupportedError
+from culpa.estimators.effects import refuse_running_statistics
+from culpa.estimators.tangent import FORMS, probes
+from culpa.estimators.trust import grade_stage
+from culpa.problem import Problem
+from culpa.progress import Progress, Silent
+from culpa.trajectory.files import write_durably
+from culpa.trajectory.replay import check_counterfactual
+from culpa.trajectory.run import Run
+from culpa.trajectory.schema import Stage
+from culpa.trajectory.walk import forward, session
+from culpa.tree import Tree
+
+FORMAT = 1
+
+
+class StageTrust(msgspec.Struct, frozen=True):
+    """The trust in one stage's embedding.
+
+    ``displacement``: ||D|| / ||theta_K||. ``growth``: ||D|| at the end of training over that at the
+    end of the stage. ``residual``: the largest relative remainder of the linearised gradient
+    difference, over at most four updates after the stage; nan for the last stage, which is exact.
+    """
+
+    displacement: float
+    growth: float
+    residual: float
+    grade: str
+
+
+class StageEmbeddings(Mapping[str, Tree]):
+    """``embeddings[name]`` is theta_K - theta_K(without the stage), estimated, by parameter name.
+
+    Attributes:
+        stages: the embedded stages in order of time.
+        trust: a ``StageTrust`` by stage name.
+        final, buffers: the observed final model.
+        facts: how they were made (form, order, propagator, counterfactual, root digest).
+        problem: needed by ``score`` and ``effect``; pass it to ``load``.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        displacements: Mapping[str, Tree],
+        trust: Mapping[str, StageTrust],
+        final: Tree,
+        buffers: Tree,
+        facts: Mapping[str, str],
+        problem: Problem | None,
+    ) -> None:
+        self.stages = tuple(stages)
+        self.trust = dict(trust)
+        self.final = final
+        self.buffers = buffers
+        self.facts = dict(facts)
+        self.problem = problem
+        self._displacements = dict(displacements)
+
+    def __getitem__(self, name: str) -> Tree:
+        """The displacement D of one stage."""
+        if name not in self._displacements:
+            known = ", ".join(map(repr, self._displacements)) or "none"
+            raise StageError(f"no embedding of a stage {name!r}; there are {known}.")
+        return self._displacements[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the stage was embedded."""
+        return name in self._displacements
+
+    def __iter__(self) -> Iterator[str]:
+        """The stages' names in order of time."""
+        return iter(self._displacements)
+
+    def __len__(self) -> int:
+        """The number of stages."""
+        return len(self._displacements)
+
+    def counterfactual(self, name: str) -> Tree:
+        """theta_K - D: all parameters of the estimated model without the stage."""
+        return tree.subtract(self.final, self[name])
+
+    def score(self, behaviour: Behaviour) -> Tensor:
+        """The AA-Score per test point: grad gamma . D, float64 ``[num_stages, n]``.
+
+        First order in the dynamics and in gamma. Cost: one forward-mode product per stage.
+        """
+        problem = self._problem()
+
+        def values(params: Tree) -> Tensor:
+            everything = self.final | params
+            return behaviour.checked(problem.call_at(behaviour.function, everything, self.buffers, behaviour.batch))
+
+        rows: list[Tensor] = []
+        with evaluation_mode(problem.model), differentiable_twice():
+            for displacement in self._displacements.values():
+                at = {name: self.final[name] for name in displacement}
+                rows.append(torch.func.jvp(values, (at,), (displacement,))[1].detach().double())
+        return torch.stack(rows)
+
+    def effect(self, behaviour: Behaviour) -> Tensor:
+        """gamma(theta_K) - gamma(theta_K - D) per test point, float64 ``[num_stages, n]``.
+
+        First order in the dynamics, exact in gamma, which need not be differentiable; exact
+        altogether for the last stage.
+        """
+        observed = self._values(behaviour, self.final)
+        return torch.stack([observed - self._values(behaviour, self.counterfactual(n)) for n in self])
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it to one safetensors file; read it with ``StageEmbeddings.load``."""
+        tensors = {f"final/{n}": v for n, v in self.final.items()}
+        tensors |= {f"buffers/{n}": v for n, v in self.buffers.items()}
+        for at, displacement in enumerate(self._displacements.values()):
+            tensors |= {f"stage/{at}/{n}": v for n, v in displacement.items()}
+        content = {"format": FORMAT, "stages": self.stages, "trust": self.trust, "facts": self.facts}
+        header = {"culpa": msgspec.json.encode(content).decode()}
+        plain = {n: v.detach().cpu().contiguous() for n, v in tensors.items()}
+        write_durably(Path(path), save(plain, metadata=header))
+
+    @classmethod
+    def load(cls, path: str | Path, problem: Problem | None = None) -> StageEmbeddings:
+        """Read a saved file. ``problem`` (its model) is needed for ``score`` and ``effect`` only.
+
+        Raises:
+            StoreError: if the file is none that ``save`` wrote.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                content: Any = msgspec.json.decode((file.metadata() or {})["culpa"])
+                tensors: Tree = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if content["format"] != FORMAT:
+                raise StoreError(f"{path} has format {content['format']!r}; this culpa reads {FORMAT}.")
+            stages = msgspec.convert(content["stages"], tuple[Stage, ...])
+            trust = {n: _restored(t) for n, t in content["trust"].items()}
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 (the safetensors reader's errors have no base)
+            raise StoreError(f"{path} is no file of stage embeddings: {error}.") from error
+        part = lambda prefix: {  # noqa: E731
+            n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)
+        }
+        displacements = {s.name: part(f"stage/{at}/") for at, s in enumerate(stages)}
+        return cls(stages, displacements, trust, part("final/"), part("buffers/"), content["facts"], problem)
+
+    def _problem(self) -> Problem:
+        if self.problem is None:
+            raise OptionError(
+                "these embeddings were loaded without a problem, and a behaviour needs its model: "
+                "StageEmbeddings.load(path, problem)."
+            )
+        return self.problem
+
+    def _values(self, behaviour: Behaviour, params: Tree) -> Tensor:
+        problem = self._problem()
+        with evaluation_mode(problem.model), torch.no_grad():
+            values = problem.call_at(behaviour.function, params, self.buffers, behaviour.batch)
+            return behaviour.checked(values).double()
+
+
+def embed(
+    run: Run,
+    problem: Problem,
+    *,
+    stages: Sequence[str] | None = None,
+    propagator: Propagator | None = None,
+    form: str = "block",
+    order: int = 1,
+    counterfactual: str = "skip",
+    progress: Progress | None = None,
+) -> StageEmbeddings:
+    """Embed stages: D_S ~ theta_K - theta_K(without S), one forward sweep for all of them.
+
+    Args:
+        run: the recorded run.
+        problem: the problem it was recorded with; its model is borrowed and left as it was.
+        stages: names; default all.
+        propagator: default ``Exact()``.
+        form: ``"block"`` (the paper's Appendix B; more accurate and cheaper) or ``"additive"``
+            (Estimator 4.3).
+        order: 1.
+        counterfactual: see ``culpa.replay``.
+        progress: see ``culpa.progress``.
+
+    Returns:
+        The embeddings. Cost: one replay of the run from the first stage on and, per stage and
+        update after it, one Hessian product (2.5 gradients). Memory: per stage one displacement
+        and one optimizer state.
+
+    Raises:
+        StageError: an unknown stage, or none at all.
+        UnsupportedError: for an optimizer without a differentiable rule, for changing running
+            statistics, for models without second derivatives, and for ``order=2``.
+    """
+    check_counterfactual(counterfactual)
+    if form not in FORMS:
+        raise OptionError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
+    if order != 1:
+        raise UnsupportedError(f"order={order!r}: this version has first-order embeddings only.")
+    wanted = run.stages if stages is None else [run.stage(n) for n in dict.fromkeys(stages)]
+    if not wanted:
+        raise StageError(f"no stage to embed: {run.path} has {len(run.stages)} and stages={stages!r}.")
+    refuse_running_statistics(run, "culpa.embed")
+    wanted, chosen = sorted(wanted, key=lambda s: s.start), propagator or Exact()
+    first, watch = wanted[0].start, progress or Silent()
+    carried = [FORMS[form](s, counterfactual) for s in wanted]
+    where = probes(wanted, run.num_steps)
+    watch.start("embed", run.num_steps - first)
+    try:
+        with session(run, problem) as engine:
+            for transition in forward(run, engine, first, run.num_steps):
+                rule, local = rule_for(transition.record.optimizer.name), LocalLoss(problem, transition)
+                for one in carried:
+                    one.advance(rule, transition, local, chosen, transition.index in where[one.stage.name])
+                watch.advance()
+    finally:
+        watch.finish()
+    final = run.final_state()
+    size = tree.norm(run.state(run.num_steps).params)
+    trust = {one.stage.name: _trust(one.displacement, one.at_stage_end, one.residuals, size) for one in carried}
+    facts = {
+        "form": form,
+        "order": str(order),
+        "propagator": repr(chosen),
+        "counterfactual": counterfactual,
+        "root_digest": run.root_digest,
+    }
+    displacements = {one.stage.name: one.displacement for one in carried}
+    return StageEmbeddings(wanted, displacements, trust, final, run.final_buffers(), facts, problem)
+
+
+def _trust(displacement: Tree, at_end: float, residuals: Sequence[float], size: float) -> StageTrust:
+    now = tree.norm(displacement)
+    growth = now / at_end if at_end > 0.0 else 1.0
+    residual = max(residuals) if residuals else float("nan")
+    relative = now / size if size > 0.0 else float("inf")
+    return StageTrust(relative, growth, residual, grade_stage(growth, residual))
+
+
+def _restored(trust: dict[str, Any]) -> StageTrust:
+    """The encoder writes nan as null."""
+    numbers = {n: float("nan") if v is None else v for n, v in trust.items()}
+    return StageTrust(**numbers)

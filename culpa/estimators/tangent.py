@@ -1,0 +1,138 @@
+"""The tangent sweep: one pass forwards gives each stage's embedding D_S."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from culpa import tree
+from culpa.dynamics import updates
+from culpa.dynamics.clip import clip
+from culpa.dynamics.clip import derivative as clip_derivative
+from culpa.dynamics.local import LocalLoss
+from culpa.dynamics.propagator import Propagator
+from culpa.dynamics.updates import Rule
+from culpa.estimators.effects import direct_effect
+from culpa.trajectory.schema import Stage
+from culpa.trajectory.walk import Transition
+from culpa.tree import Slots, Tree
+
+
+@dataclass
+class Block:
+    """One stage's block displacement (the paper's Appendix B), D = theta - theta(without S).
+
+    The counterfactual theta - D is advanced with an estimate of its gradient, g_k minus the
+    propagator's difference, through the optimizer's own rule: first order in the loss, exact in
+    the optimizer (its moments, its step counter, its first step). Inside the stage the
+    counterfactual stands still, so a stage starts from its exact displacement, and the last
+    stage's embedding is exact.
+    """
+
+    stage: Stage
+    counterfactual: str
+    displacement: Tree = field(default_factory=dict[str, Tensor])
+    slots: Slots = field(default_factory=dict[str, dict[str, Tensor]])
+    at_stage_end: float = 0.0
+    residuals: list[float] = field(default_factory=list[float])
+
+    def advance(self, rule: Rule, transition: Transition, local: LocalLoss, propagator: Propagator, probe: bool) -> None:
+        """Carry the displacement through one observed update."""
+        k, record = transition.index, transition.record
+        if k < self.stage.start:
+            return
+        if k == self.stage.start:
+            self.slots = tree.clone_slots(transition.before.slots)
+        elif record.reset or (self.counterfactual == "restart" and k == self.stage.stop):
+            self.slots = {}
+        made = tree.subtract(transition.after.params, transition.before.params)
+        if k in self.stage.updates:
+            if self.counterfactual == "zero-gradient":
+                made = tree.subtract(made, self._step(rule, transition, tree.zeros_like(transition.grads)))
+            self.displacement = tree.add(self.displacement, made)
+            self.at_stage_end = tree.norm(self.displacement)
+            return
+        direction = {name: self.displacement[name] for name in local.params}
+        bent = propagator.gradient_difference(local, direction)
+        if probe:
+            self.residuals.append(linearisation_residual(local, direction, bent))
+        grads = clip(transition.grads, record.clip_grad_norm)
+        modelled, _ = updates.apply(
+            rule, record.groups, transition.before.params, transition.before.slots, grads
+        )
+        shifted = clip(tree.subtract(transition.grads, bent), record.clip_grad_norm)
+        moved = self._step(rule, transition, shifted)
+        self.displacement = tree.add(self.displacement, tree.subtract(modelled, moved))
+
+    def _step(self, rule: Rule, transition: Transition, grads: Tree) -> Tree:
+        """The counterfactual's increment; its slots move on."""
+        params = tree.subtract(transition.before.params, self.displacement)
+        moved, self.slots = updates.apply(rule, transition.record.groups, params, self.slots, grads)
+        return moved
+
+
+@dataclass
+class Additive:
+    """One stage's displacement by Estimator 4.3: the sum of its updates' effects, each alone.
+
+    Linear throughout: D <- M_k D, and D <- M_k D + Delta_k inside the stage.
+    """
+
+    stage: Stage
+    counterfactual: str
+    displacement: Tree = field(default_factory=dict[str, Tensor])
+    slots: Slots = field(default_factory=dict[str, dict[str, Tensor]])
+    at_stage_end: float = 0.0
+    residuals: list[float] = field(default_factory=list[float])
+
+    def advance(self, rule: Rule, transition: Transition, local: LocalLoss, propagator: Propagator, probe: bool) -> None:
+        """Carry the displacement through one observed update."""
+        k, record = transition.index, transition.record
+        if k < self.stage.start:
+            return
+        if record.reset:
+            self.slots = {}
+        if self.displacement:
+            direction = {name: self.displacement[name] for name in local.params}
+            bent = propagator.products(local, [direction])[0]
+            if probe and k >= self.stage.stop:
+                self.residuals.append(linearisation_residual(local, direction, bent))
+            self.displacement, self.slots = updates.pushforward(
+                rule,
+                record.groups,
+                transition.before.params,
+                transition.before.slots,
+                clip(transition.grads, record.clip_grad_norm),
+                self.displacement,
+                self.slots,
+                clip_derivative(transition.grads, record.clip_grad_norm, bent),
+            )
+        if k in self.stage.updates:
+            moved, slots = direct_effect(rule, transition, self.counterfactual)
+            self.displacement = tree.add(self.displacement, moved)
+            self.slots = {s: tree.add(self.slots.get(s, {}), slots.get(s, {})) for s in {**self.slots, **slots}}
+            self.at_stage_end = tree.norm(self.displacement)
+
+
+FORMS: dict[str, type[Block] | type[Additive]] = {"block": Block, "additive": Additive}
+
+
+def linearisation_residual(local: LocalLoss, displacement: Tree, estimate: Tree) -> float:
+    """||(g(theta) - g(theta - D)) - estimate|| / ||g(theta) - g(theta - D)|| on this batch.
+
+    The remainder that the estimator leaves out, measured where it is used; costs one gradient.
+    """
+    shifted = local.gradient(tree.subtract(local.params, displacement))
+    truth = tree.subtract(local.grads, shifted)
+    size = tree.norm(truth)
+    gap = tree.norm(tree.subtract(truth, estimate))
+    return gap / size if size > 0.0 else 0.0
+
+
+def probes(stages: Sequence[Stage], num_steps: int) -> dict[str, frozenset[int]]:
+    """For each stage the updates after it at which the remainder is measured: at most four."""
+    return {
+        s.name: frozenset(range(s.stop, num_steps, max(1, (num_steps - s.stop + 3) // 4))) for s in stages
+    }

@@ -1,0 +1,150 @@
+"""Stage bars: what each stage did to one behaviour, estimated and, where replayed, in truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from culpa.report.charts.scale import clamp, domain, grade_index, reach
+from culpa.report.charts.theme import (
+    AUTOSIZE,
+    SIGNED_LABEL,
+    Drawing,
+    by_width,
+    config,
+    grade_opacity,
+    import_altair,
+    sign_colour,
+)
+from culpa.report.numbers import NOT_FINITE, finite, signed
+
+ROOMY: Final = 12
+"""Up to so many stages have roomy rows; more stand closer together."""
+
+
+def row_height(stages: int) -> int:
+    """Pixels a stage takes in the chart of so many."""
+    return 38 if stages <= ROOMY else 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One stage on one behaviour. Numbers may be NaN or infinite; positive: the stage raised it."""
+
+    stage: str
+    effect: float | None
+    score: float | None
+    replayed: float | None
+    grade: str
+
+
+def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: str) -> Drawing:
+    """Horizontal bars, one a stage: estimate (bar), AA-Score (tick), replayed truth (diamond)."""
+    alt = import_altair()
+    row = row_height(len(bars))
+    limit = reach(
+        [bar.replayed for bar in bars]
+        + [x for bar in bars if grade_index(bar.grade) < 2 for x in (bar.effect, bar.score)],
+        [x for bar in bars if grade_index(bar.grade) == 2 for x in (bar.effect, bar.score)],
+    )
+    rows = [_bar_row(i, bar, limit) for i, bar in enumerate(bars)]
+    ends = domain([values[key] for values in rows for key in ("effect", "score", "replayed")], limit)
+    title = [f"effect on {behaviour} [{unit}]", "> 0: the stage raised it"]
+    base = alt.Chart(alt.NamedData("stages")).encode(
+        y=alt.Y("i:O", title=None, axis=_name_axis(alt), scale=alt.Scale(domain=list(range(len(bars))))),
+        tooltip=[
+            alt.Tooltip(f"{field}:N", title=label)
+            for field, label in (
+                ("name", "stage"),
+                ("effect_text", "estimated effect"),
+                ("score_text", "AA-Score"),
+                ("replayed_text", "true effect"),
+                ("grade_text", "grade"),
+            )
+        ],
+    )
+    axis = alt.Axis(labelExpr=SIGNED_LABEL, tickCount=alt.expr("max(3, floor(width / 80))"), titleAnchor="start", titleLimit=alt.expr("width + 70"))
+    scale = alt.Scale(domain=ends, nice=False)
+    effect = base.encode(x=alt.X("effect:Q", title=title, axis=axis, scale=scale))
+    bar = effect.mark_bar(height=row // 2, aria=False, strokeWidth=1.25).encode(
+        color=sign_colour(alt), stroke=sign_colour(alt), fillOpacity=grade_opacity(alt)
+    )
+    zero = alt.Chart(alt.NamedData("origin")).mark_rule(color="var(--axis)", aria=False)
+    halo = base.encode(x="score:Q").mark_tick(
+        color="var(--surface)", thickness=5, height=0.74 * row, opacity=1, aria=False
+    )
+    tick = base.encode(x="score:Q").mark_tick(
+        color="var(--ink)", thickness=2.5, height=0.68 * row, opacity=1, aria=False
+    )
+    diamond = base.encode(x="replayed:Q").mark_point(
+        shape="diamond", size=3 * row, filled=True, fill="var(--surface)", stroke="var(--ink)",
+        strokeWidth=2, opacity=1, aria=False,
+    )  # fmt: skip
+    off = (
+        base.transform_filter("isValid(datum.off)")
+        .encode(x="off:Q", color=sign_colour(alt))
+        .mark_point(
+            shape=alt.expr("datum.off > 0 ? 'triangle-right' : 'triangle-left'"), size=90,
+            xOffset=alt.expr("datum.off > 0 ? 8 : -8"), filled=True, stroke="var(--surface)", strokeWidth=1, opacity=1, aria=False,
+        )
+    )  # fmt: skip
+    label = base.encode(text="label:N", x=alt.value("width")).mark_text(
+        align="left", dx=10, color="var(--ink)", fontSize=12, aria=False
+    )
+    layers = alt.layer(zero.encode(x=alt.datum(0)), bar, halo, tick, off, diamond, label)
+    spec = (
+        layers.add_params(alt.param(name="names", value=[bar.stage for bar in bars]))
+        .properties(
+            autosize=AUTOSIZE,            width="container", height=row * len(bars), description=description,
+            padding={"left": 0, "right": 76, "top": 4, "bottom": 4},
+        )
+        .configure(**config())
+        .to_dict()
+    )  # fmt: skip
+    spec["datasets"] = {"stages": rows, "origin": [{"zero": 0}]}
+    return Drawing(spec=spec, left_out=_bars_left_out(bars, limit))
+
+
+def _bar_row(i: int, bar: Bar, limit: float) -> dict[str, Any]:
+    effect, score, replayed = finite(bar.effect), finite(bar.score), finite(bar.replayed)
+    beyond = effect is not None and abs(effect) > limit
+    return {
+        "i": i,
+        "name": bar.stage,
+        "effect": None if effect is None else clamp(effect, limit),
+        "score": None if score is None or abs(score) > limit else score,
+        "replayed": replayed,
+        "off": clamp(effect, limit) if effect is not None and beyond else None,
+        "sign": "lowered" if effect is not None and effect < 0.0 else "raised",
+        "g": grade_index(bar.grade),
+        "label": signed(bar.effect),
+        "effect_text": signed(bar.effect),
+        "score_text": signed(bar.score),
+        "replayed_text": "not replayed" if bar.replayed is None else signed(bar.replayed),
+        "grade_text": bar.grade,
+    }
+
+
+def _name_axis(alt: Any) -> Any:
+    return alt.Axis(
+        labelExpr="names[datum.value]", labelLimit=alt.expr(by_width(92, 240)),
+        labelFontSize=12.5, labelColor="var(--ink)", labelPadding=10, ticks=False, domain=False,
+    )  # fmt: skip
+
+
+def _bars_left_out(bars: Sequence[Bar], limit: float) -> str:
+    far = [f"{bar.stage} ({signed(bar.effect)})" for bar in bars if _beyond(bar.effect, limit)]
+    lost = [bar.stage for bar in bars if bar.effect is not None and finite(bar.effect) is None]
+    lost += [bar.stage for bar in bars if bar.effect is None]
+    notes: list[str] = []
+    if far:
+        notes.append(f"Beyond the axis, drawn as an arrow at its edge: {', '.join(far)}.")
+    if lost:
+        notes.append(f"Estimate {NOT_FINITE}, no bar: {', '.join(lost)}.")
+    return " ".join(notes)
+
+
+def _beyond(value: float | None, limit: float) -> bool:
+    kept = finite(value)
+    return kept is not None and abs(kept) > limit

@@ -1,0 +1,1 @@
+"""What happened: recording a run, keeping it, and executing it again bit for bit."""

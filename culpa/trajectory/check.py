@@ -1,0 +1,146 @@
+"""The recorder's proof, on the first update of every stage, that the loop does what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from culpa import tree
+from culpa.errors import NotReproducibleError, RecordError
+from culpa.problem import Problem
+from culpa.trajectory import rng
+from culpa.trajectory.engine import Engine, borrowed
+from culpa.trajectory.observer import Observer
+from culpa.trajectory.rng import RandomState
+from culpa.trajectory.schema import MicroBatch, StepRecord
+from culpa.trajectory.state import State, largest_difference
+from culpa.trajectory.writer import StepDetail
+from culpa.tree import Tree
+
+Drawn = tuple[Any, RandomState]
+"""A batch, and the generators when it was handed to the loop."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """The state an update started from, and whether its optimizer was fresh."""
+
+    state: State
+    fresh: bool
+
+
+def prove_reproducible(problem: Problem, pending: Sequence[Drawn]) -> None:
+    """Evaluate the loss twice from one random state; raise unless both are the same bits."""
+    batch, random = pending[-1]
+    with borrowed(problem.model):
+        values: list[torch.Tensor] = []
+        for _ in range(2):
+            rng.restore(random)
+            values.append(problem.evaluate(batch).detach())
+    if not torch.equal(values[0], values[1]):
+        raise NotReproducibleError(
+            f"the loss of one batch from one random state was {float(values[0])!r} and then "
+            f"{float(values[1])!r}. It draws randomness that no generator of Python, NumPy or torch "
+            "accounts for, or keeps state outside of the model. Nothing could be replayed."
+        )
+
+
+def identify(
+    observer: Observer,
+    before: Before,
+    pending: list[Drawn],
+    detail: StepDetail,
+    hypers: tuple[dict[str, Any], ...],
+    after: State,
+    index: int,
+    usual: int,
+) -> tuple[list[Drawn], StepDetail]:
+    """Execute the update again from ``before`` and return the reading of it that gives ``after``.
+
+    Several batches before one update may be micro-batches, or batches that the loop left out; each
+    reading is tried, and only one that reproduces every bit is taken.
+
+    Raises:
+        RecordError: if none does, naming the update, the worst parameter and the likely cause.
+    """
+    live = observer.gradients()
+    count = len(pending)
+    readings = [(pending, detail)]
+    if count > 1 and detail.weights is None:
+        if usual > count:
+            partial = msgspec.structs.replace(detail, weights=(1 / usual,) * count)
+            readings.append((pending, partial))
+        readings.append((pending[-1:], detail))
+    failures: list[tuple[str, float, Tree]] = []
+    for drawn, facts in readings:
+        grads, state = _execute_again(observer, before, drawn, facts, hypers, index)
+        name, size = largest_difference(state.flat(), after.flat() if after.slots else _without_slots(state, after))
+        if not name:
+            return drawn, facts
+        failures.append((name, size, grads))
+    name, size, grads = failures[0]
+    raise RecordError(
+        f"update {index} is not what the record would say: executed again from the same state, "
+        f"{name.partition('/')[2]} differs by up to {size:.3g}. {_cause(grads, live, count, detail)}"
+    )
+
+
+def _without_slots(state: State, after: State) -> Tree:
+    return after.flat() | {n: v for n, v in state.flat().items() if n.startswith("slots/")}
+
+
+def _execute_again(
+    observer: Observer,
+    before: Before,
+    drawn: Sequence[Drawn],
+    detail: StepDetail,
+    hypers: tuple[dict[str, Any], ...],
+    index: int,
+) -> tuple[Tree, State]:
+    record = StepRecord(
+        index=index,
+        optimizer=observer.spec,
+        hypers=hypers,
+        micro_batches=tuple(MicroBatch(0, (), None) for _ in drawn),
+        digest=b"",
+        fingerprints=b"",
+        **msgspec.structs.asdict(detail),
+    )
+    with borrowed(observer.problem.model):
+        engine = Engine(observer.problem)
+        engine.load(before.state)
+        if before.fresh:
+            engine.reset_optimizer()
+        done = engine.execute(record, [b for b, _ in drawn], [r for _, r in drawn])
+        return done.grads, engine.state()
+
+
+def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:
+    """What the live gradients, compared with the problem's, say about the loop."""
+    if count > 1 and detail.weights is None:
+        return (
+            f"{count} batches were drawn before this update. If the loop fetches batches ahead or "
+            "weights them, say which make an update: `with recorder.step(*micro_batches, weights=...)`."
+        )
+    size = tree.norm(grads)
+    if live.keys() != grads.keys() or size == 0.0:
+        return "Its gradients are not those of loss(model, batch): is the loss the one the loop uses?"
+    factor = tree.dot(live, grads) / size**2
+    if tree.norm(tree.subtract(live, tree.scale(factor, grads))) > 1e-4 * tree.norm(live):
+        return (
+            "The loop's gradients are not those of loss(model, batch) on this batch: another loss, "
+            "another batch, or randomness drawn between fetching the batch and the forward pass."
+        )
+    if abs(factor - 1) > 1e-5 and detail.clip_grad_norm is None:
+        return (
+            f"The loop's gradients are {factor:.4g} times those of loss(model, batch): a scaled loss, or "
+            "clip_grad_norm_ (then pass clip_grad_norm=max_norm to culpa.record)."
+        )
+    return (
+        "The gradients agree, so something else than torch.optim changed the parameters: weights "
+        "edited after the step, clipping by value, or a wrapped optimizer."
+    )

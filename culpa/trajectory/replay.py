@@ -1,0 +1,170 @@
+"""Counterfactuals by exact replay: history re-run without some of its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from culpa.behaviour import Behaviour
+from culpa.errors import OptionError, StageError
+from culpa.problem import Problem
+from culpa.progress import Progress, Silent
+from culpa.trajectory.engine import Engine
+from culpa.trajectory.run import Run
+from culpa.trajectory.walk import Randomness, check_step, session
+from culpa.tree import Tree
+
+COUNTERFACTUALS = ("skip", "restart", "zero-gradient")
+
+
+def check_counterfactual(counterfactual: str) -> None:
+    """Raise ``OptionError`` unless it is one of the three named in the documentation."""
+    if counterfactual not in COUNTERFACTUALS:
+        raise OptionError(
+            f"counterfactual must be one of {', '.join(map(repr, COUNTERFACTUALS))}, got {counterfactual!r}."
+        )
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """The model that training ends with when some updates are not executed. Exact.
+
+    Attributes:
+        state: all parameters by name, theta_K(without S).
+        buffers: the buffers by name.
+        without: the removed updates.
+        counterfactual: which of the three meanings of "removed".
+        updates_executed: the cost, in updates of the run.
+    """
+
+    state: Tree
+    buffers: Tree
+    without: tuple[int, ...]
+    counterfactual: str
+    updates_executed: int
+    _run: Run
+    _problem: Problem
+
+    def effect(self, behaviour: Behaviour) -> Tensor:
+        """The true effect per test point: gamma(theta_K) - gamma(theta_K without S), float64 [n].
+
+        Positive: the removed updates raised the behaviour (credit); negative: blame.
+        """
+        with session(self._run, self._problem):
+            model = self._problem.model
+            observed = values_at(model_state(self._run), behaviour, self._problem)
+            return observed - values_at((self.state, self.buffers), behaviour, self._problem)
+
+
+def model_state(run: Run) -> tuple[Tree, Tree]:
+    """Parameters and buffers of the model that the run ended with."""
+    return run.final_state(), run.final_buffers()
+
+
+def values_at(state: tuple[Tree, Tree], behaviour: Behaviour, problem: Problem) -> Tensor:
+    """A behaviour's values, float64 [n], with the model's tensors set to ``state``.
+
+    For use inside a ``session``, which puts the model's own tensors back.
+    """
+    engine = Engine(problem)
+    engine.write(*state)
+    return behaviour.values(problem.model)
+
+
+def updates_of(run: Run, without: str | Iterable[int | str]) -> frozenset[int]:
+    """The updates meant by a stage's name, an index, or an iterable of either.
+
+    Raises:
+        StageError: for an unknown stage, an index outside of the run, or anything else.
+    """
+    if isinstance(without, str):
+        return frozenset(run.stage(without).updates)
+    found: set[int] = set()
+    for item in without:
+        if isinstance(item, str):
+            found |= set(run.stage(item).updates)
+        elif 0 <= item < run.num_steps:
+            found.add(int(item))
+        else:
+            raise StageError(f"without= names update {item}; the run has updates 0 to {run.num_steps - 1}.")
+    return frozenset(found)
+
+
+def replay(
+    run: Run,
+    problem: Problem,
+    *,
+    without: str | Iterable[int | str] = (),
+    counterfactual: str = "skip",
+    progress: Progress | None = None,
+) -> Counterfactual:
+    """Re-run history without a stage or some updates: the proof of an attribution.
+
+    Args:
+        run: the recorded run.
+        problem: the problem it was recorded with. Its model is borrowed and left as it was.
+        without: a stage's name, update indices, or several of either. Empty: the run itself,
+            whose every update is compared with the record bit for bit.
+        counterfactual: ``"skip"``: at a removed update nothing happens, later updates keep their
+            recorded learning rates. ``"restart"``: as skip, and the first update after a removed
+            block starts from a fresh optimizer. ``"zero-gradient"``: the optimizer ticks with a
+            gradient of zero.
+        progress: see ``culpa.progress``.
+
+    Returns:
+        The counterfactual model. Each update that is executed uses the random numbers it drew in
+        the observed run. Cost: the updates from the first removed one to the end, and those back
+        to the nearest kept state; memory: one state.
+
+    Raises:
+        IntegrityError: if an update before the first removed one does not reproduce.
+    """
+    check_counterfactual(counterfactual)
+    removed, progress = updates_of(run, without), progress or Silent()
+    first = min(removed, default=0)
+    at = run.kept_before(first)
+    progress.start("replay", run.num_steps - at)
+    try:
+        with session(run, problem) as engine:
+            engine.load(run.state(at))
+            _execute(run, engine, at, removed, counterfactual, progress)
+            state = engine.state()
+    finally:
+        progress.finish()
+    executed = run.num_steps - at - sum(k >= at for k in removed)
+    return Counterfactual(
+        run.frozen_parameters() | state.params,
+        state.buffers,
+        tuple(sorted(removed)),
+        counterfactual,
+        executed,
+        run,
+        problem,
+    )
+
+
+def _execute(
+    run: Run, engine: Engine, at: int, removed: frozenset[int], counterfactual: str, progress: Progress
+) -> None:
+    randomness, observed = Randomness(), True
+    for k in range(at, run.num_steps):
+        record, recorded = run.step(k), run.randoms_of(k)
+        if record.reset:
+            engine.reset_optimizer()
+        randoms = randomness.before(recorded, record)
+        if k not in removed:
+            if counterfactual == "restart" and k - 1 in removed:
+                engine.reset_optimizer()
+            engine.execute(record, run.batches_of(k), randoms)
+        else:
+            observed = False
+            if counterfactual == "zero-gradient":
+                engine.tick(record)
+            if record.drew_randomness and k + 1 < run.num_steps and run.randoms_of(k + 1)[0] is None:
+                engine.advance_randomness(record, run.batches_of(k), randoms)
+        randomness.after(randoms, record)
+        if observed:
+            check_step(run, engine, record, engine.state(), randomness)
+        progress.advance()

@@ -1,0 +1,103 @@
+"""The state s_k of training before update k, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from culpa import tree
+from culpa.errors import IntegrityError
+from culpa.trajectory import digest
+from culpa.tree import Slots, Tree
+
+
+@dataclass(frozen=True)
+class State:
+    """s_k = (parameters, buffers, optimizer slots). Parameters no optimizer holds are not in it.
+
+    ``slots`` maps a slot's name (``"momentum_buffer"``, ``"exp_avg"``, ``"step"``, ...) to tensors
+    by parameter name; an optimizer that has not stepped yet has none.
+    """
+
+    params: Tree
+    buffers: Tree = field(default_factory=dict[str, Tensor])
+    slots: Slots = field(default_factory=dict[str, dict[str, Tensor]])
+
+    def clone(self) -> State:
+        """A copy that shares no memory."""
+        return State(tree.clone(self.params), tree.clone(self.buffers), tree.clone_slots(self.slots))
+
+    def flat(self) -> Tree:
+        """All tensors under path-like names, as they stand in a state's file."""
+        flat = {f"params/{name}": value for name, value in self.params.items()}
+        flat |= {f"buffers/{name}": value for name, value in self.buffers.items()}
+        for slot, values in self.slots.items():
+            flat |= {f"slots/{slot}/{name}": value for name, value in values.items()}
+        return flat
+
+    @classmethod
+    def unflatten(cls, flat: Mapping[str, Tensor]) -> State:
+        """The inverse of ``flat``; raises ``IntegrityError`` on a name that is no path of a state."""
+        state = cls({})
+        for path, value in flat.items():
+            kind, _, name = path.partition("/")
+            slot, _, held = name.partition("/")
+            if kind == "params" and name:
+                state.params[name] = value
+            elif kind == "buffers" and name:
+                state.buffers[name] = value
+            elif kind == "slots" and slot and held:
+                state.slots.setdefault(slot, {})[held] = value
+            else:
+                raise IntegrityError(f"a state's file holds a tensor {path!r} that is no part of one.")
+        return state
+
+    def digest(self) -> bytes:
+        """Of every tensor in it, slots included."""
+        return digest.combine(digest.tensor_digests(self.flat()))
+
+    def step_digests(self) -> list[bytes]:
+        """Of parameters and buffers, tensor by tensor: what every update's record holds."""
+        named = {f"params/{name}": value for name, value in self.params.items()}
+        named |= {f"buffers/{name}": value for name, value in self.buffers.items()}
+        return digest.tensor_digests(named)
+
+    def step_names(self) -> list[str]:
+        """The names that belong to ``step_digests``, in order."""
+        return sorted(
+            [f"params/{name}" for name in self.params] + [f"buffers/{name}" for name in self.buffers]
+        )
+
+    def encode(self) -> bytes:
+        """The bytes of its file: safetensors, on the CPU, contiguous."""
+        return save_tensors({n: v.detach().cpu().contiguous() for n, v in self.flat().items()})
+
+    @classmethod
+    def decode(cls, data: bytes) -> State:
+        """Read a state's file; raises ``IntegrityError`` if it is not safetensors."""
+        try:
+            return cls.unflatten(load_tensors(data))
+        except IntegrityError:
+            raise
+        except Exception as error:  # noqa: BLE001 (the safetensors reader's errors have no base)
+            raise IntegrityError(f"a state's file is damaged: {error}") from error
+
+
+def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The name of the tensor that differs most between two trees, and by how much."""
+    worst, most = "", 0.0
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b or a[name].shape != b[name].shape:
+            return name, float("inf")
+        if torch.equal(a[name], b[name]):
+            continue
+        gap = (a[name].detach().double() - b[name].detach().double()).abs()
+        size = float("inf") if bool(torch.isnan(gap).any()) else float(gap.max())
+        if not worst or size > most:
+            worst, most = name, size
+    return worst, most

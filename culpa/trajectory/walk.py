@@ -1,0 +1,159 @@
+"""Walking a run again: every observed update in turn, executed and checked against the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from culpa.errors import IntegrityError, ProblemError
+from culpa.problem import Problem
+from culpa.trajectory import digest, environment, rng
+from culpa.trajectory.engine import Engine, borrowed
+from culpa.trajectory.rng import RandomState
+from culpa.trajectory.run import Run, same_model
+from culpa.trajectory.schema import StepRecord
+from culpa.trajectory.state import State, largest_difference
+from culpa.tree import Tree
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One observed update s_k -> s_{k+1} with all that it was made of.
+
+    ``before`` is the state the update started from, after a recorded reset of the optimizer;
+    ``grads`` the gradients as ``backward`` left them, before clipping; ``randoms`` the generators
+    before each micro-batch's forward, empty if the update draws nothing.
+    """
+
+    record: StepRecord
+    before: State
+    after: State
+    grads: Tree
+    loss: float
+    batches: Sequence[Any]
+    randoms: Sequence[RandomState]
+
+    @property
+    def index(self) -> int:
+        """k."""
+        return self.record.index
+
+
+class Randomness:
+    """Follows the generators through a walk, whatever its consumer draws between two updates."""
+
+    def __init__(self) -> None:
+        self._continued: RandomState | None = None
+
+    def before(self, recorded: list[RandomState | None], record: StepRecord) -> list[RandomState | None]:
+        """The generators to restore before each micro-batch of an update."""
+        if recorded[0] is None and record.drew_randomness:
+            return [self._continued, *recorded[1:]]
+        return recorded
+
+    def after(self, recorded: Sequence[RandomState | None], record: StepRecord) -> None:
+        """Note where an executed update left the generators."""
+        if record.drew_randomness:
+            self._continued = rng.capture()
+        elif recorded[-1] is not None:
+            self._continued = recorded[-1]
+
+
+@contextmanager
+def session(run: Run, problem: Problem) -> Iterator[Engine]:
+    """An engine on the problem's module under the run's recorded settings; all restored after.
+
+    Raises:
+        ProblemError: if the model's parameters are not those of the run.
+    """
+    wrong = same_model(run, dict(problem.model.named_parameters()))
+    if wrong:
+        raise ProblemError(
+            f"the model is not the one recorded in {run.path}: {'; '.join(wrong[:5])}. Build it as "
+            "the training script did."
+        )
+    with environment.as_recorded(run.manifest.environment), borrowed(problem.model):
+        engine = Engine(problem)
+        engine.load(State(run.frozen_parameters()))
+        yield engine
+
+
+def forward(run: Run, engine: Engine, start: int, stop: int) -> Iterator[Transition]:
+    """Execute the observed updates [start, stop) from the nearest kept state, yielding each.
+
+    Between two updates the consumer may draw random numbers and call the module, but must leave
+    its tensors as they are. Memory: three states.
+
+    Raises:
+        IntegrityError: at the first update whose result is not the recorded one, bit for bit.
+    """
+    at = run.kept_before(start)
+    state, randomness = run.state(at), Randomness()
+    engine.load(state)
+    for k in range(at, stop):
+        record, batches = run.step(k), run.batches_of(k)
+        if record.reset:
+            engine.reset_optimizer()
+            state = State(state.params, state.buffers)
+        randoms = randomness.before(run.randoms_of(k), record)
+        done = engine.execute(record, batches, randoms)
+        randomness.after(randoms, record)
+        after = engine.state()
+        check_step(run, engine, record, after, randomness)
+        if k >= start:
+            yield Transition(record, state, after, done.grads, done.loss, batches, done.randoms)
+        state = after
+
+
+def backward(run: Run, engine: Engine, start: int = 0) -> Iterator[Transition]:
+    """The observed updates from the last down to ``start``, recomputed segment by segment.
+
+    Memory: the states of the longest segment between two kept states, O(sqrt(K)) by default;
+    cost: one replay of the updates.
+    """
+    bounds = [start, *(k for k in run.kept_states if start < k < run.num_steps), run.num_steps]
+    for low, high in zip(reversed(bounds[:-1]), reversed(bounds[1:]), strict=True):
+        yield from reversed(list(forward(run, engine, low, high)))
+
+
+def check_step(run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness) -> None:
+    """Raise unless ``after`` is what the record says followed update k, bit for bit."""
+    digests = after.step_digests()
+    if digest.combine(digests) == record.digest:
+        return
+    size = digest.FINGERPRINT_BYTES
+    recorded = [record.fingerprints[i : i + size] for i in range(0, len(record.fingerprints), size)]
+    names = after.step_names()
+    wrong = [n for n, d, f in zip(names, digests, recorded, strict=False) if d[:size] != f]
+    shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+    drift = environment.differences(run.manifest.environment, environment.capture())
+    because = (
+        f"This process differs from the recording one ({'; '.join(drift)})."
+        if drift
+        else "Usual causes: a loss or data pipeline that is not the recorded one, an undeclared "
+        "clip_grad_norm_, weights edited between updates, or randomness drawn elsewhere."
+    )
+    raise IntegrityError(
+        f"update {record.index} of {run.path} does not reproduce: the replay differs from the "
+        f"record in {shown or 'its set of tensors'}{_how_much(run, engine, record, after, randomness)}. {because}"
+    )
+
+
+def _how_much(run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness) -> str:
+    """The largest difference, measured where the record keeps values: at the next kept state."""
+    kept = next((k for k in run.kept_states if k > record.index), None)
+    if kept is None:
+        return ""
+    engine.load(after)
+    for k in range(record.index + 1, kept):
+        later = run.step(k)
+        if later.reset:
+            engine.reset_optimizer()
+        randoms = randomness.before(run.randoms_of(k), later)
+        engine.execute(later, run.batches_of(k), randoms)
+        randomness.after(randoms, later)
+    truth: Tree = run.state(kept).flat()
+    name, size = largest_difference(engine.state().flat(), truth)
+    return f", at kept state {kept} by up to {size:.3g} (in {name})" if name else ""

@@ -1,0 +1,128 @@
+"""Scores of training examples against taking their share out of every update they were in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim import SGD
+
+import culpa
+from oracles.compare import assert_close, pearson
+from oracles.problems import (
+    cross_entropies,
+    cross_entropy,
+    digits,
+    gelu_mlp,
+    held_out,
+    log_likelihoods,
+    smooth,
+    unseen_digits,
+)
+from oracles.recipes import DECAYING, sgd
+from oracles.recording import Recorded, record
+from oracles.retrain import Plan, behaviour_values, retrain
+
+EXAMPLES, BATCH, EPOCHS = 160, 16, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    plan: Plan
+    recorded: Recorded
+    rows: list[list[int]]
+    """Which training digits were in update k's batch, in order."""
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    images, targets = digits()
+    generator = torch.Generator().manual_seed(3)
+    rows: list[list[int]] = []
+    for _ in range(EPOCHS):
+        order = torch.randperm(EXAMPLES, generator=generator).tolist()
+        rows += [order[i : i + BATCH] for i in range(0, EXAMPLES, BATCH)]
+    steps = len(rows)
+    plan = Plan(
+        model=gelu_mlp(32),
+        loss=cross_entropy,
+        optimizers={0: lambda model: SGD(model.parameters(), lr=1e-3, momentum=0.9)},
+        batches=[(images[r].flatten(1), targets[r]) for r in rows],
+        rates=[(1e-3,)] * steps,
+        stages=[("all", 0, steps)],
+        example_losses=cross_entropies,
+    )
+    return Case(plan, record(plan, tmp_path_factory.mktemp("examples") / "run"), rows)
+
+
+def test_example_ids_are_one_to_one_with_training_examples(case: Case) -> None:
+    seen: dict[int, int] = {}
+    for k, rows in enumerate(case.rows):
+        ids = case.recorded.run.example_ids(k)
+        assert isinstance(ids, tuple)
+        assert len(ids) == len(rows)
+        for row, number in zip(rows, ids, strict=True):
+            assert seen.setdefault(row, number) == number
+    assert sorted(seen.values()) == list(range(EXAMPLES))
+
+
+def test_examples_against_retraining_without_them(case: Case) -> None:
+    inputs, targets = unseen_digits(200)
+    scores = culpa.attribute(
+        case.recorded.run,
+        case.recorded.problem,
+        [culpa.log_likelihood("all", (inputs, targets))],
+        examples=True,
+    )
+    assert scores.examples is not None
+    assert scores.examples.shape == (EXAMPLES, 1)
+    assert scores.examples.dtype == torch.float64
+    whole = behaviour_values(retrain(case.plan).model, log_likelihoods, (inputs, targets))
+    truth, found = [], []
+    for example in range(0, EXAMPLES, 4):
+        drop = {k: [rows.index(example)] for k, rows in enumerate(case.rows) if example in rows}
+        assert len(drop) == EPOCHS
+        model = retrain(case.plan, drop=drop).model
+        truth.append(
+            float((whole - behaviour_values(model, log_likelihoods, (inputs, targets))).mean())
+        )
+        k, (row,) = next(iter(drop.items()))
+        found.append(float(scores.examples[case.recorded.run.example_ids(k)[row], 0]))
+    estimate, answer = torch.tensor(found).double(), torch.tensor(truth).double()
+    assert pearson(estimate, answer) >= 0.95
+    # Epochs are added up and shares are of the mean: the size is that of the true effect.
+    assert float(estimate @ answer / (estimate @ estimate)) == pytest.approx(1.0, abs=0.1)
+
+
+def test_without_asking_there_are_none(case: Case) -> None:
+    asked = [culpa.log_likelihood("all", unseen_digits(20))]
+    assert culpa.attribute(case.recorded.run, case.recorded.problem, asked).examples is None
+
+
+def test_under_sgd_examples_add_up_to_the_zero_gradient_effects(tmp_path: Path) -> None:
+    # SGD is linear in the gradient, and the gradient is the sum of its examples' shares.
+    plan = smooth({0: sgd(momentum=0.9, weight_decay=0.1)}, DECAYING)
+    recorded = record(plan, tmp_path / "run")
+    asked = [culpa.log_likelihood("right", held_out())]
+    scores = culpa.attribute(
+        recorded.run,
+        recorded.problem,
+        asked,
+        counterfactual="zero-gradient",
+        examples=True,
+    )
+    assert scores.examples is not None
+    assert scores.examples.shape == (12 * 8, 1)
+    by_update = torch.stack(
+        [scores.examples[list(recorded.run.example_ids(k)), 0].sum() for k in range(12)]
+    )
+    assert_close(by_update, scores.steps[:, 0], 1e-6)
+
+
+def test_examples_need_their_losses(case: Case) -> None:
+    problem = culpa.Problem(case.plan.model(), case.plan.loss)
+    asked = [culpa.log_likelihood("all", unseen_digits(20))]
+    with pytest.raises(culpa.CulpaError, match="example_losses"):
+        culpa.attribute(case.recorded.run, problem, asked, examples=True)

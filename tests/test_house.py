@@ -1,0 +1,143 @@
+"""The rules of the house that no linter of the shelf checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "culpa"
+FILES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+MAX_LINES = 300
+PICKLES = {"pickle", "_pickle", "marshal", "shelve", "cloudpickle", "dill", "joblib"}
+# What only the report, the experiments and the command line need, or frameworks of the user.
+NOT_WITH_CULPA = {
+    *("altair", "vl_convert", "jinja2", "sklearn", "typer"),
+    *("transformers", "peft", "lightning", "accelerate", "ray"),
+}
+# Names that code outside of this repository calls: they stay.
+CONTRACT = {
+    *("Problem", "record", "open_run", "Behaviour", "log_likelihood", "attribute", "embed"),
+    *("StageEmbeddings", "replay", "agreement", "audit", "forecast", "from_checkpoints"),
+    *("CulpaError", "IntegrityError"),
+}
+# Where a distribution's name is not the name it is imported by.
+IMPORTED_AS = {"vl-convert-python": "vl_convert", "scikit-learn": "sklearn"}
+
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Top-level names of everything imported anywhere in a file, inside of functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every call of a plain or dotted name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def test_the_package_is_where_these_tests_look() -> None:
+    assert {"__init__.py", "errors.py", "tree.py"} <= {file.name for file in FILES}
+    assert (PACKAGE / "py.typed").is_file()
+
+
+@every_file
+def test_no_file_outgrows_a_reader(file: Path) -> None:
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines; one algorithm a file, {MAX_LINES} lines at most"
+
+
+@every_file
+def test_no_print_outside_of_the_command_line(file: Path) -> None:
+    if file.relative_to(PACKAGE).parts[0] in {"cli.py", "cli"}:
+        return
+    prints = [line for line, name in calls(parse(file)) if name in {"print", "pprint"}]
+    assert not prints, f"print in line(s) {prints}; report through culpa.progress or return a value"
+
+
+@every_file
+def test_no_pickle(file: Path) -> None:
+    tree = parse(file)
+    assert not PICKLES & set(imports(tree))
+    pickling = [(line, name) for line, name in calls(tree) if name in {"torch.save", "torch.load"}]
+    assert not pickling, f"{pickling} read or write pickles; use safetensors"
+
+
+def test_third_party_imports_and_declared_dependencies_agree() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = PROJECT["project"]["dependencies"] + extras["report"] + extras["demo"]
+    names = [re.split(r"[^\w.-]", requirement)[0] for requirement in declared]
+    allowed = {IMPORTED_AS.get(name, name) for name in names}
+    used = {name for file in FILES for name in imports(parse(file))}
+    third_party = used - set(sys.stdlib_module_names)
+    assert not third_party - allowed, "imported, but no dependency in pyproject.toml"
+    # Altair imports vl_convert itself when it inlines its JavaScript.
+    assert not allowed - third_party - {"culpa", "vl_convert"}, "a dependency nothing imports"
+
+
+def test_every_dependency_states_its_reason() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    requirements = re.findall(r'^ *"[\w.-]+(?:\[[\w,]+\])?>=[\w.]+",(.*)$', text, re.MULTILINE)
+    declared = PROJECT["project"]["dependencies"] + [
+        requirement
+        for extra in PROJECT["project"]["optional-dependencies"].values()
+        for requirement in extra
+        if not requirement.startswith("culpa[")
+    ]
+    assert len(requirements) == len(declared)
+    assert all(re.match(r"\s*# \S+ \S+", comment) for comment in requirements)
+
+
+def test_the_facade_is_documented_and_says_its_version() -> None:
+    import culpa
+
+    assert len(set(culpa.__all__)) == len(culpa.__all__)
+    undocumented = [
+        name
+        for name in culpa.__all__
+        if not name.startswith("__") and not (getattr(culpa, name).__doc__ or "").strip()
+    ]
+    assert not undocumented
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{culpa.__version__}]" in changes
+
+
+def test_the_facade_offers_the_contract() -> None:
+    import culpa
+
+    assert not CONTRACT - set(culpa.__all__)
+    errors = [e for e in vars(culpa).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert all(issubclass(error, culpa.CulpaError) for error in errors)
+
+
+def test_import_culpa_brings_no_extra_and_no_framework() -> None:
+    program = f"import sys, culpa; print(*sorted({NOT_WITH_CULPA!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
