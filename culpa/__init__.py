@@ -1,11 +1,12 @@
 """culpa: which stage of training is to be credited or blamed for what a model does."""
 
 from culpa._version import __version__ as __version__
-from culpa.audit.agreement import Agreement as Agreement
-from culpa.audit.agreement import agreement as agreement
+from culpa.auditing.agreement import Agreement as Agreement
+from culpa.auditing.agreement import agreement as agreement
 from culpa.behaviour import Behaviour as Behaviour
 from culpa.behaviour import log_likelihood as log_likelihood
 from culpa.dynamics.propagator import Exact as Exact
+from culpa.dynamics.secant import Secant as Secant
 from culpa.errors import BehaviourError as BehaviourError
 from culpa.errors import CulpaError as CulpaError
 from culpa.errors import IntegrityError as IntegrityError
@@ -22,6 +23,8 @@ from culpa.estimators.embedding import StageEmbeddings as StageEmbeddings
 from culpa.estimators.embedding import embed as embed
 from culpa.estimators.trust import Trust as Trust
 from culpa.problem import Problem as Problem
+from culpa.report.audit import Audit as Audit
+from culpa.report.audit import audit as audit
 from culpa.trajectory.checkpoints import Every as Every
 from culpa.trajectory.checkpoints import Thinned as Thinned
 from culpa.trajectory.recorder import Recorder as Recorder

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from culpa.errors import UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory import rng
+from culpa.trajectory import batches, rng
 from culpa.trajectory.engine import set_modes
 from culpa.trajectory.walk import Transition
 from culpa.tree import Tree
@@ -54,6 +56,28 @@ class LocalLoss:
                 self.value(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True
             )
         return dict(zip(leaves, found, strict=True))
+
+    def row_counts(self) -> list[int]:
+        """The number of rows of each micro-batch.
+
+        Raises:
+            UnsupportedError: if a micro-batch is not a set of tensors with one row an example.
+        """
+        counts = [batches.row_count(batch) for batch in self.transition.batches]
+        if 0 in counts:
+            raise UnsupportedError(
+                f"the batch of update {self.transition.index} has no common first dimension, so a "
+                "fraction of it means nothing. Use Secant(1) or a Hessian propagator."
+            )
+        return counts
+
+    def on_rows(self, rows: Sequence[Sequence[int]]) -> LocalLoss:
+        """The same loss on some rows of each micro-batch."""
+        chosen = [
+            batches.take_rows(batch, torch.tensor(index))
+            for batch, index in zip(self.transition.batches, rows, strict=True)
+        ]
+        return LocalLoss(self.problem, replace(self.transition, batches=chosen))
 
     def _all(self, params: Tree) -> Tree:
         return self.transition.before.params | params

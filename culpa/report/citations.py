@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
+from typing import Final
 
 _TARGET: Final = re.compile(
     r"(?P<url>https?://[A-Za-z0-9._~:/?#@!$&*+,;=%-]*[A-Za-z0-9/])"
@@ -15,8 +12,8 @@ _TARGET: Final = re.compile(
 )
 
 
-def linked(text: str) -> Markup:
-    """``text``, escaped, with its web addresses and arXiv numbers as links (followed on a click)."""
+def linked(text: str) -> str:
+    """``text`` escaped (as ``Markup``), its web addresses and arXiv numbers as links to click."""
     from markupsafe import Markup
 
     parts: list[Markup] = []

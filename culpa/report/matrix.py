@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from culpa.auditing.record import AuditRecord
 from culpa.report.charts.scale import clamp, grade_index, reach
 from culpa.report.numbers import finite
-
-if TYPE_CHECKING:
-    from culpa.audit.record import AuditRecord
 
 
 @dataclass(frozen=True, kw_only=True)

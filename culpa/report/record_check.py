@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from culpa.audit.record import AUDIT_FORMAT, AuditRecord
+from culpa.auditing.record import AUDIT_FORMAT, AuditRecord
 from culpa.errors import OptionError
 from culpa.report.numbers import visible_everywhere
 

@@ -78,6 +78,28 @@ def row_bytes(node: Node) -> int:
     return sum(row_bytes(item) for item in node.get("items", []))
 
 
+def row_count(batch: Any) -> int:
+    """How many rows a batch of examples has; 0 for a batch without a common first dimension."""
+    leaves: list[Tensor] = []
+    _describe(batch, leaves, "batch")
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def take_rows(batch: Any, index: Tensor) -> Any:
+    """Some rows of a batch of examples, in the same nesting."""
+    if isinstance(batch, Tensor):
+        return batch[index.to(batch.device)]
+    if isinstance(batch, np.ndarray):
+        return cast("np.ndarray[Any, Any]", batch)[index.numpy()]
+    if isinstance(batch, Mapping):
+        return {k: take_rows(v, index) for k, v in cast("Mapping[str, Any]", batch).items()}
+    if isinstance(batch, (list, tuple)):
+        taken = [take_rows(item, index) for item in cast("Sequence[Any]", batch)]
+        return taken if isinstance(batch, list) else tuple(taken)
+    return batch
+
+
 def _describe(value: Any, leaves: list[Tensor], where: str) -> Node:
     if isinstance(value, Tensor):
         leaves.append(value.detach())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from culpa.behaviour import Behaviour
@@ -12,6 +14,7 @@ from culpa.errors import OptionError, StageError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.engine import Engine
+from culpa.trajectory.files import write_durably
 from culpa.trajectory.run import Run
 from culpa.trajectory.walk import Randomness, check_step, session
 from culpa.tree import Tree
@@ -56,6 +59,11 @@ class Counterfactual:
             model = self._problem.model
             observed = values_at(model_state(self._run), behaviour, self._problem)
             return observed - values_at((self.state, self.buffers), behaviour, self._problem)
+
+    def save(self, path: str | Path) -> None:
+        """Write parameters and buffers as one safetensors file, loadable into the model."""
+        tensors = {n: v.detach().cpu().contiguous() for n, v in (self.state | self.buffers).items()}
+        write_durably(Path(path), save_tensors(tensors))
 
 
 def model_state(run: Run) -> tuple[Tree, Tree]:

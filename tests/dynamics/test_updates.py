@@ -495,6 +495,12 @@ def test_nothing_infinite_where_the_second_moment_is_zero(
     # Defined as 0: what the second moment is there has no influence.
     assert bool((q["exp_avg_sq"]["weight"][:, 0] == 0).all())
 
+    # While the first moment acts through eps alone.
+    rate = groups[0].hyper["lr"] / (1 - 0.9 ** (count + 1))
+    torch.testing.assert_close(
+        w["weight"][:, 0], torch.full((4,), -rate * 0.1 / 1e-8, dtype=dtype), rtol=1e-5, atol=0
+    )
+
     def increment(slots: Slots, grads: Tree) -> Tree:
         return updates.apply(rule, groups, params, slots, grads)[0]
 
@@ -508,6 +514,32 @@ def test_nothing_infinite_where_the_second_moment_is_zero(
     )
     for values in (back, *back_slots.values(), forward):
         assert tree.is_finite(values)
+
+
+def test_singular_looks_at_the_second_moment_that_is_used() -> None:
+    rule = updates.rule_for("Adam")
+    slots = {"exp_avg_sq": torch.tensor([0.0, 0.0, 1.0])}
+    assert rule.singular(slots) == 2
+    assert rule.singular({**slots, "max_exp_avg_sq": torch.tensor([0.0, 2.0, 2.0])}) == 1
+
+
+def test_a_negative_second_moment_acts_as_zero() -> None:
+    """s - D can have one; runs cannot."""
+    rule, groups, params, slots, _ = observed("Adam", {})
+    grads = tree.zeros_like(params)
+    negative = {**slots, "exp_avg_sq": tree.scale(-1.0, slots["exp_avg_sq"])}
+    zero = {**slots, "exp_avg_sq": tree.zeros_like(slots["exp_avg_sq"])}
+    increments, after = updates.apply(rule, groups, params, negative, grads)
+    assert_close(increments, updates.apply(rule, groups, params, zero, grads)[0])
+    assert updates.singular(rule, after, grads) == sum(v.numel() for v in params.values())
+    cotangent = random_tree(torch.Generator())
+    [(_, q, w)] = updates.pullback(rule, groups, params, negative, grads, [cotangent], [{}])
+    [(_, r, u)] = updates.pullback(rule, groups, params, zero, grads, [cotangent], [{}])
+    assert_close(w, u)
+    assert_close(q["exp_avg_sq"], r["exp_avg_sq"])
+    # Zero by definition, although the first moment is not.
+    assert tree.norm(slots["exp_avg"]) > 0
+    assert tree.norm(r["exp_avg_sq"]) == 0
 
 
 def test_sgd_has_no_singular_coordinates() -> None:
@@ -605,6 +637,10 @@ def test_refusals_name_what_is_wrong() -> None:
     grads["weight"] = grads["weight"].to_sparse()
     with pytest.raises(UnsupportedError, match=r"'weight'.*dense gradients"):
         updates.apply(rule, groups, params, slots, grads)
+    complex_weight = {**params, "weight": params["weight"].to(torch.complex128)}
+    grads["weight"] = complex_weight["weight"]
+    with pytest.raises(UnsupportedError, match=r"'weight'.*complex128"):
+        updates.apply(rule, groups, complex_weight, slots, grads)
     with pytest.raises(OptionError, match=r"2 cotangents.*1 of the slots"):
         updates.pullback(rule, groups, params, slots, {}, [params, params], [{}])
 

@@ -51,12 +51,16 @@ def test_every_single_update(name: str, counterfactual: Counterfactual, tmp_path
     scores = culpa.attribute(recorded.run, recorded.problem, asked, counterfactual=counterfactual)
     assert scores.steps.shape == (12, 2)
     assert scores.steps.dtype == torch.float64
-    singles = [[k] for k in range(12)]
+    exact = range(12)
+    if name == "dampening" and counterfactual != "zero-gradient":
+        # Dampening spares the first momentum step, which makes that step another affine map: first
+        # order is exact only where the counterfactual starts its momentum when the run did.
+        exact = range(1 if counterfactual == "skip" else 11, 12)
     for q, behaviour in enumerate(asked):
         truth = true_effects(
-            plan, singles, behaviour.function, behaviour.batch, counterfactual
+            plan, [[k] for k in exact], behaviour.function, behaviour.batch, counterfactual
         ).mean(1)
-        assert_close(scores.steps[:, q], truth, BOUND)
+        assert_close(scores.steps[list(exact), q], truth, BOUND)
 
 
 @pytest.mark.parametrize("counterfactual", COUNTERFACTUALS)

@@ -58,7 +58,7 @@ def squares(model: nn.Module, batch: Any) -> Tensor:
 BAD_LOSSES: dict[str, tuple[Callable[[nn.Module, Any], Any], str]] = {
     "no-scalar": (squares, r"\(6, 3\)"),
     "one-element": (lambda m, b: squares(m, b).mean().reshape(1), r"\(1,\)"),
-    "a-number": (lambda m, b: float(squares(m, b).mean()), "float"),
+    "a-number": (lambda m, b: squares(m, b).mean().item(), "float"),
     "nan": (lambda m, b: squares(m, b).mean() * float("nan"), "nan"),
     "infinite": (lambda m, b: squares(m, b).mean() + float("inf"), "inf"),
 }
@@ -69,8 +69,8 @@ def test_a_loss_that_is_none(name: str, tmp_path: Path) -> None:
     loss, given = BAD_LOSSES[name]
     with pytest.raises(culpa.CulpaError, match=given):
         train_three(tmp_path / "run", loss)
-    with pytest.raises(culpa.CulpaError):
-        culpa.open_run(tmp_path / "run")
+    # An interrupted run of no updates is the truth; one of some would not be.
+    assert culpa.open_run(tmp_path / "run").num_steps == 0
 
 
 def noise_from_the_system(model: nn.Module, batch: Any) -> Tensor:
@@ -126,12 +126,6 @@ def test_an_unknown_stage(which: int, recorded: Recorded) -> None:
 def test_an_update_outside_of_the_run(without: list[int], recorded: Recorded) -> None:
     with pytest.raises(culpa.CulpaError, match=str(max(without, key=abs))):
         culpa.replay(recorded.run, recorded.problem, without=without)
-
-
-def test_an_update_that_is_no_index(recorded: Recorded) -> None:
-    for without in (3, [1.5], [None], object()):
-        with pytest.raises(culpa.CulpaError):
-            culpa.replay(recorded.run, recorded.problem, without=without)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("call", ["replay", "embed", "attribute"])

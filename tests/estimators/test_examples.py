@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.optim import SGD
 
 import culpa
+from oracles import unrolled
 from oracles.compare import assert_close, pearson
 from oracles.problems import (
     cross_entropies,
@@ -21,7 +24,7 @@ from oracles.problems import (
     smooth,
     unseen_digits,
 )
-from oracles.recipes import DECAYING, sgd
+from oracles.recipes import DECAYING, TWINS, sgd
 from oracles.recording import Recorded, record
 from oracles.retrain import Plan, behaviour_values, retrain
 
@@ -119,6 +122,43 @@ def test_under_sgd_examples_add_up_to_the_zero_gradient_effects(tmp_path: Path) 
         [scores.examples[list(recorded.run.example_ids(k)), 0].sum() for k in range(12)]
     )
     assert_close(by_update, scores.steps[:, 0], 1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3], ids=["free", "clipped"])
+@pytest.mark.parametrize("name", ["momentum-decay", "nesterov-decay", "adamw", "adam-decay"])
+def test_an_examples_score_is_the_derivative_by_its_weight(
+    name: str, clip: float | None, tmp_path: Path
+) -> None:
+    # One weight per example and update, inserted into the unrolled run: d gamma / d weight at 1.
+    build, rule = TWINS[name]
+    plan = replace(smooth({0: build}, DECAYING), clip_grad_norm=clip)
+    # The second half repeats the first: the same examples in two updates each.
+    plan = replace(plan, batches=[*plan.batches[:6], *plan.batches[:6]])
+    recorded = record(plan, tmp_path / "run")
+    asked = [culpa.log_likelihood("right", held_out())]
+    scores = culpa.attribute(recorded.run, recorded.problem, asked, examples=True)
+    weights = [torch.ones(8, dtype=torch.float64, requires_grad=True) for _ in range(12)]
+
+    def weighted(model: nn.Module, batch: Any) -> Tensor:
+        (inputs, targets), weight = batch
+        return (weight * cross_entropies(model, (inputs, targets))).mean()
+
+    trace = unrolled.unroll(
+        plan.model(),
+        weighted,
+        list(zip(plan.batches, weights, strict=True)),
+        [rates[0] for rates in plan.rates],
+        {0: rule},
+        clip_grad_norm=clip,
+    )
+    gamma = unrolled.behaviour_value(trace, log_likelihoods, held_out())
+    derivatives = torch.autograd.grad(gamma, weights)
+    expected = torch.zeros(6 * 8, dtype=torch.float64)
+    for k, derivative in enumerate(derivatives):
+        expected.index_add_(0, torch.tensor(recorded.run.example_ids(k)), derivative)
+    assert scores.examples is not None
+    assert scores.examples.shape == (6 * 8, 1)
+    assert_close(scores.examples[:, 0], expected, 1e-8)
 
 
 def test_examples_need_their_losses(case: Case) -> None:

@@ -33,9 +33,11 @@ class Case:
 @pytest.fixture(scope="module", params=OPTIMIZERS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     build, rate = OPTIMIZERS[request.param]
-    plan = turned_digits(build, rate, lengths=(40, 20, 20))
+    plan = turned_digits(build, rate)
     recorded = record(plan, tmp_path_factory.mktemp(request.param) / "run")
-    singles = true_effects(plan, [[k] for k in range(80)], log_likelihoods, unseen_digits())
+    singles = true_effects(
+        plan, [[k] for k in range(plan.num_steps)], log_likelihoods, unseen_digits()
+    )
     return Case(plan, recorded, singles)
 
 

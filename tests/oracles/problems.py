@@ -125,11 +125,13 @@ def held_out(seed: int = 0, count: int = 6) -> tuple[Tensor, Tensor]:
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits, shuffled once, pixels in [0, 1], ``[N, 8, 8]``."""
+    """scikit-learn's 1,797 handwritten digits, shuffled once, standardised, ``[N, 8, 8]``."""
     data: Any = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(data.images, dtype=torch.float32)[order] / 16
-    return images, torch.tensor(data.target, dtype=torch.int64)[order]
+    images = torch.tensor(data.images, dtype=torch.float32)[order]
+    return (images - images.mean()) / images.std(), torch.tensor(data.target, dtype=torch.int64)[
+        order
+    ]
 
 
 def unseen_digits(count: int = 300, turns: int = 0) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ def gelu_mlp(hidden: int = 64, seed: int = 0) -> Callable[[], nn.Module]:
 def turned_digits(
     optimizer: Callable[[nn.Module], Optimizer],
     rate: float,
-    lengths: Sequence[int] = (40, 20, 20),
+    lengths: Sequence[int] = (32, 16, 16),
     batch_size: int = 32,
     hidden: int = 64,
     turns: Sequence[int] = (0, 1, 2),

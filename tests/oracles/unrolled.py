@@ -18,7 +18,7 @@ Everything is float64 by the model that is given. Nothing of the library is impo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -158,15 +158,46 @@ class Unrolled:
         return self.after[-1][0]
 
 
+def clipped(gradients: Tensors, max_norm: float | None) -> Tensors:
+    """torch.nn.utils.clip_grad_norm_: g min(1, max_norm / (||g|| + 1e-6))."""
+    if max_norm is None:
+        return gradients
+    norm = torch.cat([g.reshape(-1) for g in gradients.values()]).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return {n: g * factor for n, g in gradients.items()}
+
+
+def behaviour_value(
+    trace: Unrolled, function: Callable[[nn.Module, Any], Tensor], batch: Any
+) -> Tensor:
+    """gamma(theta_K), the mean of ``function(model, batch)`` in evaluation mode, with its graph."""
+    training = trace.model.training
+    trace.model.eval()
+    gamma = function(_Bound(trace.model, trace.final), batch).mean()
+    trace.model.train(training)
+    return gamma
+
+
 def unroll(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], Tensor],
     batches: Sequence[Any],
     rates: Sequence[float],
     rules: Mapping[int, Rule],
+    *,
+    clip_grad_norm: float | None = None,
+    trained: Collection[str] | None = None,
 ) -> Unrolled:
-    """Execute the run as one graph; ``rules[k]`` is the optimizer used from update ``k`` on."""
-    theta: Tensors = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    """Execute the run as one graph; ``rules[k]`` is the optimizer used from update ``k`` on.
+
+    ``trained``: the parameters that optimizers hold (default all); the others keep the model's
+    values.
+    """
+    theta: Tensors = {
+        n: p.detach().clone().requires_grad_()
+        for n, p in model.named_parameters()
+        if trained is None or n in trained
+    }
     slots: Slots = {}
     rule, count = rules[0], 0
     trace = Unrolled(model, starts=frozenset(rules))
@@ -176,7 +207,7 @@ def unroll(
             slots = rule.fresh(theta)
         value = loss(_Bound(model, theta), batch)
         found = torch.autograd.grad(value, list(theta.values()), create_graph=True)
-        gradients = dict(zip(theta, found, strict=True))
+        gradients = clipped(dict(zip(theta, found, strict=True)), clip_grad_norm)
         trace.before.append((theta, slots))
         with torch.no_grad():
             nothing = {n: torch.zeros_like(p) for n, p in theta.items()}
@@ -209,7 +240,7 @@ def step_scores(
     counterfactual: str = "skip",
 ) -> Tensor:
     """``score_t`` of every update on the mean of ``function(model, batch)``: float64 ``[K]``."""
-    gamma = function(_Bound(trace.model, trace.final), batch).mean()
+    gamma = behaviour_value(trace, function, batch)
     leaves: list[Tensor] = []
     for theta, slots in trace.after:
         leaves += [*theta.values(), *(v for slot in slots.values() for v in slot.values())]
@@ -236,3 +267,13 @@ def step_scores(
             scores[t] += later
             later = 0.0 if t in trace.starts else later + counted[t]
     return scores.detach()
+
+
+def growths(trace: Unrolled, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+    """||d gamma / d theta_{t+1}|| / ||d gamma / d theta_K|| of every update: float64 ``[K]``."""
+    gamma = behaviour_value(trace, function, batch)
+    sizes = []
+    for theta, _ in trace.after:
+        found = torch.autograd.grad(gamma, list(theta.values()), retain_graph=True)
+        sizes.append(torch.cat([g.reshape(-1) for g in found]).norm())
+    return torch.stack(sizes) / sizes[-1]

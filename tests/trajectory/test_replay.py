@@ -181,6 +181,7 @@ LIVE: dict[str, Live] = {
     "evaluation": Live(net=dropout_net, evaluate=True, epochs=2),
     "evaluation-shuffled": Live(net=dropout_net, evaluate=True, shuffle=True, epochs=3),
     "clipped": Live(clip=0.3, epochs=2),
+    "clipped-groups": Live(optimizer=two_adamw_groups, clip=0.5, epochs=3),
     "tied": Live(net=Tied, epochs=2),
     "everything": Live(
         net=everything_net,
@@ -217,6 +218,57 @@ def test_replay_without_nothing_is_the_run(name: str, tmp_path: Path) -> None:
         assert_bitwise(run.final_buffers(), buffers_of(model))
     else:
         assert not found.buffers
+
+
+def rows_of_a_larger_tensor() -> tuple[Callable[[], nn.Module], list[Any]]:
+    inputs, targets = data(0, rows=60).tensors
+    return plain_net, [(inputs[i : i + 3], targets[i : i + 3]) for i in range(0, 60, 3)]
+
+
+def transposed_rows() -> tuple[Callable[[], nn.Module], list[Any]]:
+    inputs, targets = data(0, rows=60).tensors
+    columns = inputs.t().contiguous().t()
+    return plain_net, [(columns[i : i + 5], targets[i : i + 5]) for i in range(0, 60, 5)]
+
+
+def images_with_channels_last() -> tuple[Callable[[], nn.Module], list[Any]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, 8, 8, 3, generator=generator).permute(0, 3, 1, 2)
+    targets = torch.randint(0, 3, (32,), generator=generator)
+
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(128, 3),
+        )
+
+    return net, [(images[i : i + 8], targets[i : i + 8]) for i in range(0, 32, 8)]
+
+
+@pytest.mark.parametrize(
+    "make", [rows_of_a_larger_tensor, transposed_rows, images_with_channels_last]
+)
+def test_batches_that_are_views_replay_bit_for_bit(
+    make: Callable[[], tuple[Callable[[], nn.Module], list[Any]]], tmp_path: Path
+) -> None:
+    # Kernels choose their order of summation by strides and by alignment in memory: a batch that
+    # comes back from the record with the same numbers elsewhere can give other bits.
+    net, batches = make()
+    model = seeded(1, net)()
+    optimizer = sgd_(model)
+    problem = culpa.Problem(model, cross_entropy)
+    with culpa.record(tmp_path / "run", problem, optimizer) as recorder:
+        for batch in recorder.batches(batches):
+            optimizer.zero_grad()
+            cross_entropy(model, batch).backward()
+            optimizer.step()
+    problem = culpa.Problem(other_weights(net), cross_entropy)
+    found = culpa.replay(culpa.open_run(tmp_path / "run"), problem)
+    assert_bitwise(found.state, parameters_of(model))
 
 
 @pytest.mark.parametrize("name", LIVE)
@@ -338,14 +390,20 @@ REMOVALS: list[tuple[str | list[int], list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize("counterfactual", ["skip", "restart", "zero-gradient"])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("name", "counterfactual"),
+    [
+        (name, counterfactual)
+        for name in PLANS
+        for counterfactual in ("skip", "restart", "zero-gradient")
+        # Whether running statistics move at gradient zero is nobody's contract.
+        if (name, counterfactual) != ("batchnorm", "zero-gradient")
+    ],
+)
 def test_replay_without_is_retraining_without(
     name: str, counterfactual: Counterfactual, tmp_path: Path
 ) -> None:
     plan = PLANS[name]
-    if name == "batchnorm" and counterfactual == "zero-gradient":
-        pytest.skip("whether statistics move at gradient zero is nobody's contract")
     recorded = record(plan, tmp_path / "run")
     assert_bitwise(retrain(plan).parameters, recorded.run.final_state())
     for without, updates in REMOVALS:
@@ -657,22 +715,19 @@ def test_weights_edited_between_updates_are_refused(between: bool, tmp_path: Pat
     assert re.search(PLAIN_NAMES, message), message
 
 
-def test_weights_edited_behind_autograds_back_are_refused_at_the_latest_by_verify(
-    tmp_path: Path,
+@pytest.mark.parametrize("wrong", [clamped, accumulated], ids=lambda step: step.__name__)
+def test_what_only_later_updates_do_is_refused_at_the_latest_by_verify(
+    wrong: Step, tmp_path: Path
 ) -> None:
-    # p.data.clamp_() does not count as a change of p: torch's version counter stays.
+    # p.data.clamp_() does not count as a change of p: torch's version counter stays. Gradients
+    # that pile up are right at the first update.
     def record_and_verify() -> None:
-        walk({"first": clamped}, plain_net, tmp_path / "run")
+        walk({"first": wrong}, plain_net, tmp_path / "run")
         problem = culpa.Problem(plain_net(), cross_entropy)
         culpa.open_run(tmp_path / "run").verify(problem, level="replay")
 
     with pytest.raises((culpa.RecordError, culpa.IntegrityError), match=r"(?i)update [01]\b"):
         record_and_verify()
-
-
-def test_gradients_left_to_pile_up_are_refused(tmp_path: Path) -> None:
-    with pytest.raises((culpa.RecordError, culpa.IntegrityError), match=r"(?i)gradient|update 1\b"):
-        walk({"first": accumulated}, plain_net, tmp_path / "run")
 
 
 def test_an_honest_loop_is_not_refused(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ before the update, c1 = 1 - beta1^(t+1) and c2 = 1 - beta2^(t+1):
 Two conventions make the derivative finite and useful.
 
 * d sqrt(w) / d w at w = 0 (an input that never fired) is infinite; it is DEFINED AS 0 here, in
-  autograd through ``step`` as well, and ``singular`` counts the coordinates concerned.
+  autograd through ``step`` as well, and ``singular`` counts the coordinates concerned. sqrt(w) of a
+  negative w, which only a displaced state can have, is 0 in the same way.
 * The step counter is an integer that removing one update lowers by exactly one, so its column is
   the backward difference theta'(t) - theta'(t - 1), computed without cancellation. At t = 0 there
   is no earlier update to remove and the column is 0.
@@ -98,9 +99,9 @@ def _moments(param: Tensor, grad: Tensor, slots: TensorSlots, at: _Settings) -> 
     largest = _slot(slots, "max_exp_avg_sq", grad) if at.amsgrad else second
     used = torch.maximum(largest, second) if at.amsgrad else second
     # Taking the root of 1 where w = 0 and multiplying by 0 afterwards keeps the infinite derivative
-    # from arising. threshold is where(w > 0, w, 1), and sign is w > 0, at a tenth of their time.
+    # from arising. These are where(w > 0, w, 1) and w > 0, at a fraction of their time.
     safe_root = torch.threshold(used, 0.0, 1.0).sqrt()
-    positive = used.sign()
+    positive = used.sign().clamp(min=0)
     root = positive * safe_root
     return _Moments(effective, first, second, largest, used, positive, safe_root, root)
 
@@ -256,6 +257,6 @@ def extend(slots: TensorSlots) -> dict[str, Tensor]:
 
 
 def singular(new_slots: TensorSlots) -> int:
-    """Coordinates whose second moment is exactly 0, where d sqrt(w) / d w was defined as 0."""
+    """Coordinates whose second moment w is 0 (or less), where d sqrt(w) / d w was defined as 0."""
     used = new_slots.get("max_exp_avg_sq", new_slots["exp_avg_sq"])
-    return int((used == 0).sum())
+    return int((used <= 0).sum())

@@ -49,10 +49,14 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
         [x for bar in bars if grade_index(bar.grade) == 2 for x in (bar.effect, bar.score)],
     )
     rows = [_bar_row(i, bar, limit) for i, bar in enumerate(bars)]
-    ends = domain([values[key] for values in rows for key in ("effect", "score", "replayed")], limit)
+    ends = domain(
+        [values[key] for values in rows for key in ("effect", "score", "replayed")], limit
+    )
     title = [f"effect on {behaviour} [{unit}]", "> 0: the stage raised it"]
     base = alt.Chart(alt.NamedData("stages")).encode(
-        y=alt.Y("i:O", title=None, axis=_name_axis(alt), scale=alt.Scale(domain=list(range(len(bars))))),
+        y=alt.Y(
+            "i:O", title=None, axis=_name_axis(alt), scale=alt.Scale(domain=list(range(len(bars))))
+        ),
         tooltip=[
             alt.Tooltip(f"{field}:N", title=label)
             for field, label in (
@@ -64,7 +68,13 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
             )
         ],
     )
-    axis = alt.Axis(labelExpr=SIGNED_LABEL, tickCount=alt.expr("max(3, floor(width / 80))"), titleAnchor="start", titleLimit=alt.expr("width + 70"))
+    axis = alt.Axis(
+        grid=True,
+        labelExpr=SIGNED_LABEL,
+        tickCount=alt.expr("max(3, floor(width / 80))"),
+        titleAnchor="start",
+        titleLimit=alt.expr("width + 70"),
+    )
     scale = alt.Scale(domain=ends, nice=False)
     effect = base.encode(x=alt.X("effect:Q", title=title, axis=axis, scale=scale))
     bar = effect.mark_bar(height=row // 2, aria=False, strokeWidth=1.25).encode(
@@ -78,17 +88,29 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
         color="var(--ink)", thickness=2.5, height=0.68 * row, opacity=1, aria=False
     )
     diamond = base.encode(x="replayed:Q").mark_point(
-        shape="diamond", size=3 * row, filled=True, fill="var(--surface)", stroke="var(--ink)",
-        strokeWidth=2, opacity=1, aria=False,
-    )  # fmt: skip
+        shape="diamond",
+        size=3 * row,
+        filled=True,
+        fill="var(--surface)",
+        stroke="var(--ink)",
+        strokeWidth=2,
+        opacity=1,
+        aria=False,
+    )
     off = (
         base.transform_filter("isValid(datum.off)")
         .encode(x="off:Q", color=sign_colour(alt))
         .mark_point(
-            shape=alt.expr("datum.off > 0 ? 'triangle-right' : 'triangle-left'"), size=90,
-            xOffset=alt.expr("datum.off > 0 ? 8 : -8"), filled=True, stroke="var(--surface)", strokeWidth=1, opacity=1, aria=False,
+            shape=alt.expr("datum.off > 0 ? 'triangle-right' : 'triangle-left'"),
+            size=90,
+            xOffset=alt.expr("datum.off > 0 ? 8 : -8"),
+            filled=True,
+            stroke="var(--surface)",
+            strokeWidth=1,
+            opacity=1,
+            aria=False,
         )
-    )  # fmt: skip
+    )
     label = base.encode(text="label:N", x=alt.value("width")).mark_text(
         align="left", dx=10, color="var(--ink)", fontSize=12, aria=False
     )
@@ -96,12 +118,15 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
     spec = (
         layers.add_params(alt.param(name="names", value=[bar.stage for bar in bars]))
         .properties(
-            autosize=AUTOSIZE,            width="container", height=row * len(bars), description=description,
+            autosize=AUTOSIZE,
+            width="container",
+            height=row * len(bars),
+            description=description,
             padding={"left": 0, "right": 76, "top": 4, "bottom": 4},
         )
         .configure(**config())
         .to_dict()
-    )  # fmt: skip
+    )
     spec["datasets"] = {"stages": rows, "origin": [{"zero": 0}]}
     return Drawing(spec=spec, left_out=_bars_left_out(bars, limit))
 
@@ -128,9 +153,14 @@ def _bar_row(i: int, bar: Bar, limit: float) -> dict[str, Any]:
 
 def _name_axis(alt: Any) -> Any:
     return alt.Axis(
-        labelExpr="names[datum.value]", labelLimit=alt.expr(by_width(92, 240)),
-        labelFontSize=12.5, labelColor="var(--ink)", labelPadding=10, ticks=False, domain=False,
-    )  # fmt: skip
+        labelExpr="names[datum.value]",
+        labelLimit=alt.expr(by_width(92, 240)),
+        labelFontSize=12.5,
+        labelColor="var(--ink)",
+        labelPadding=10,
+        ticks=False,
+        domain=False,
+    )
 
 
 def _bars_left_out(bars: Sequence[Bar], limit: float) -> str:

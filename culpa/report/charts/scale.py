@@ -11,6 +11,8 @@ GRADES: Final = ("trusted", "doubtful", "not identified")
 """The grades of an audit, best first. Any other text is shown as it is and drawn as the last."""
 TOLERANCE: Final = 4.0
 """A number that is not identified may stretch the axis this many times before it is cut off."""
+LARGEST: Final = 1e100
+"""No axis reaches further: beyond it the arithmetic of a chart library overflows."""
 
 
 def grade_index(grade: str) -> int:
@@ -19,7 +21,7 @@ def grade_index(grade: str) -> int:
 
 
 def reach(identified: Iterable[float | None], others: Iterable[float | None] = ()) -> float:
-    """Largest absolute value an axis has to show; 1.0 where there is nothing but zero.
+    """Largest absolute value an axis has to show, at most 1e100; 1.0 where all is zero.
 
     A linearisation that diverged is often wrong by orders of magnitude and would flatten every
     number worth reading. So the axis is made for the ``identified`` numbers, and for the
@@ -31,7 +33,8 @@ def reach(identified: Iterable[float | None], others: Iterable[float | None] = (
     best = max(first, default=0.0)
     if best > 0.0:
         second = [value for value in second if value <= TOLERANCE * best]
-    return max([best, *second]) or 1.0
+    limit = max([best, *second])
+    return min(limit, LARGEST) if limit > 1.0 / LARGEST else 1.0
 
 
 def domain(values: Sequence[float | None], limit: float) -> tuple[float, float]:

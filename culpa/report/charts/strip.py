@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from culpa.report.charts.scale import GRADES, clamp, domain, grade_index, reach
+from culpa.report.charts.scale import GRADES, domain, grade_index, reach
 from culpa.report.charts.theme import (
     AUTOSIZE,
     SIGNED_LABEL,
     Drawing,
-    by_width,
     config,
     grade_opacity,
     import_altair,
@@ -66,14 +65,20 @@ def update_strip(
     ends = (low, high + 0.1 * (high - low))  # room for the names of the stages
     whole = alt.Scale(domain=[-0.5, max(0.5, num_updates - 0.5)], nice=False)
     axis = alt.Axis(
-        title="update", labelExpr="datum.value % 1 == 0 ? format(datum.value, ',d') : ''", tickMinStep=1, grid=False, domain=False,
+        title="update",
+        labelExpr="datum.value % 1 == 0 ? format(datum.value, ',d') : ''",
+        tickMinStep=1,
+        grid=False,
+        domain=False,
         tickCount=alt.expr("max(3, floor(width / 90))"),
-    )  # fmt: skip
+    )
     x = alt.X("k:Q", scale=whole, axis=axis)
     y = alt.Y(
-        "y:Q", scale=alt.Scale(domain=ends, nice=False), title=None,
+        "y:Q",
+        scale=alt.Scale(domain=ends, nice=False),
+        title=None,
         axis=alt.Axis(labelExpr=SIGNED_LABEL, tickCount=5, minExtent=44),
-    )  # fmt: skip
+    )
     stages = [
         {"t": i, "name": band.stage, "a": band.start - 0.5, "b": band.stop - 0.5, "odd": i % 2}
         for i, band in enumerate(bands)
@@ -89,10 +94,15 @@ def update_strip(
     name = shades.encode(
         text="name:N", x=alt.value(alt.expr(f"{_SEEN_START} + 5")), y=alt.value(11)
     ).mark_text(
-        align="left", fontSize=11, fontWeight=600, color="var(--muted)", aria=False, clip=True,
+        align="left",
+        fontSize=11,
+        fontWeight=600,
+        color="var(--muted)",
+        aria=False,
+        clip=True,
         limit=alt.expr(f"max(1, {_SEEN_STOP} - {_SEEN_START} - 10)"),
         opacity=alt.expr(f"{_SEEN_STOP} - {_SEEN_START} < 28 ? 0 : 1"),
-    )  # fmt: skip
+    )
     zero = alt.Chart(alt.NamedData("origin")).mark_rule(color="var(--axis)", aria=False)
     points = (
         alt.Chart(alt.NamedData("updates"))
@@ -107,21 +117,25 @@ def update_strip(
         .encode(x=x, y=y, color=sign_colour(alt), tooltip=_stem_tooltip(alt))
     )
     zoom = alt.selection_interval(
-        name=ZOOM, bind="scales", encodings=["x"],
+        name=ZOOM,
+        bind="scales",
+        encodings=["x"],
         zoom="wheel![event.ctrlKey || event.metaKey || event.shiftKey]",
-    )  # fmt: skip
+    )
     per_update = max(1.0, num_updates / max(1, len(stems)))
     stem = points.encode(y2=alt.datum(0), strokeOpacity=grade_opacity(alt)).mark_rule(
-        aria=False, clip=True,
+        aria=False,
+        clip=True,
         strokeWidth=alt.expr(f"clamp({0.72 * per_update} * {_PIXELS_PER_UPDATE}, 1.25, 12)"),
-    )  # fmt: skip
-    off = (
-        points.transform_filter(f"isValid(datum.s) && abs(datum.s) > {limit!r}")
-        .mark_point(
-            shape=alt.expr("datum.s > 0 ? 'triangle-up' : 'triangle-down'"),
-            size=50, filled=True, opacity=1, aria=False, clip=True,
-        )
-    )  # fmt: skip
+    )
+    off = points.transform_filter(f"isValid(datum.s) && abs(datum.s) > {limit!r}").mark_point(
+        shape=alt.expr("datum.s > 0 ? 'triangle-up' : 'triangle-down'"),
+        size=50,
+        filled=True,
+        opacity=1,
+        aria=False,
+        clip=True,
+    )
     lost = (
         points.transform_filter("!isValid(datum.s)")
         .encode(y=alt.datum(0), color=alt.value("var(--ink)"))
@@ -135,7 +149,10 @@ def update_strip(
             alt.param(name="two_lines", value=[what, sign]),
         )
         .properties(
-            autosize=AUTOSIZE,            width="container", height=HEIGHT, description=description,
+            autosize=AUTOSIZE,
+            width="container",
+            height=HEIGHT,
+            description=description,
             title=alt.TitleParams(
                 text=alt.expr("containerSize()[0] < 520 ? two_lines : one_line"),
                 limit=alt.expr("containerSize()[0]"),
@@ -144,7 +161,7 @@ def update_strip(
         )
         .configure(**config())
         .to_dict()
-    )  # fmt: skip
+    )
     spec["datasets"] = {"updates": rows, "stages": stages, "origin": [{"zero": 0}]}
     return Drawing(spec=spec, left_out=_left_out([row["s"] for row in rows], limit))
 

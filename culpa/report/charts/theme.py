@@ -44,7 +44,7 @@ def import_altair() -> Any:
     return altair
 
 
-def by_width(narrow: float, wide: float) -> str:
+def by_width(narrow: int, wide: int) -> str:
     """A Vega expression: one number on a phone, another on anything wider."""
     return f"containerSize()[0] < 520 ? {narrow} : {wide}"
 
@@ -64,15 +64,25 @@ def grade_opacity(alt: Any) -> Any:
 def config() -> dict[str, Any]:
     """Vega-Lite configuration shared by every chart."""
     axis = {
-        "labelColor": "var(--muted)", "titleColor": "var(--muted)", "gridColor": "var(--grid)",
-        "domainColor": "var(--axis)", "tickColor": "var(--axis)", "labelFontSize": 11.5,
-        "titleFontSize": 11.5, "titleFontWeight": "normal", "titlePadding": 10,
+        "labelColor": "var(--muted)",
+        "titleColor": "var(--muted)",
+        "gridColor": "var(--grid)",
+        "domainColor": "var(--axis)",
+        "tickColor": "var(--axis)",
+        "labelFontSize": 11.5,
+        "titleFontSize": 11.5,
+        "titleFontWeight": "normal",
+        "titlePadding": 10,
         "titleLineHeight": 16,
-    }  # fmt: skip
+    }
     title = {
-        "color": "var(--muted)", "fontSize": 11.5, "fontWeight": "normal", "anchor": "start",
-        "frame": "bounds", "offset": 8,
-    }  # fmt: skip
+        "color": "var(--muted)",
+        "fontSize": 11.5,
+        "fontWeight": "normal",
+        "anchor": "start",
+        "frame": "bounds",
+        "offset": 8,
+    }
     return {
         "background": "transparent",
         "font": FONT,

@@ -19,9 +19,7 @@ def allowance(behaviours: int, stages: int) -> int:
     return max(30, min(SHOWN_PER_BEHAVIOUR, room // max(1, behaviours)))
 
 
-def thin(
-    scores: Sequence[float | None], spans: Sequence[tuple[int, int]], limit: int
-) -> list[int]:
+def thin(scores: Sequence[float | None], spans: Sequence[tuple[int, int]], limit: int) -> list[int]:
     """Indices of about ``limit`` updates that keep what a reader looks for, in order.
 
     The run is cut into equal bins, and each keeps its lowest and its highest score (and its first

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from culpa.errors import StoreError
+
 AUDIT_FORMAT = 1
 """Version of the JSON this module writes; a reader refuses any other."""
 
@@ -41,7 +43,8 @@ class StageFinding(msgspec.Struct, frozen=True, kw_only=True):
     growth: float
     """How much the displacement grew from the end of the stage to the end of training."""
     residual: float
-    """Relative error of the linearised gradient difference along the displacement, where probed."""
+    """Relative error of the linearised gradient difference along the displacement, where probed;
+    nan for the last stage, after which nothing is linearised."""
 
 
 class UpdateFindings(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,3 +103,38 @@ class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
     spent: list[Spending]
     options: dict[str, str]
     sources: list[Source]
+
+
+def encode(record: AuditRecord) -> bytes:
+    """Indented JSON; numbers that are not finite become ``null``."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=1)
+
+
+def decode(data: bytes) -> AuditRecord:
+    """Read what ``encode`` wrote: ``null`` is nan again, but for effects that were not replayed.
+
+    Raises:
+        StoreError: if it is no audit record, or one of another format.
+    """
+    try:
+        content = msgspec.json.decode(data)
+        if content["format"] != AUDIT_FORMAT:
+            raise StoreError(
+                f"the audit record has format {content['format']!r}; this culpa reads {AUDIT_FORMAT}."
+            )
+        for stage in content["stages"]:
+            for field in ("scores", "effects"):
+                stage[field] = [_number(value) for value in stage[field]]
+            for field in ("displacement", "growth", "residual"):
+                stage[field] = _number(stage[field])
+        updates = content["updates"]
+        updates["scores"] = [[_number(value) for value in row] for row in updates["scores"]]
+        for field in ("growth", "displacement"):
+            updates[field] = [_number(value) for value in updates[field]]
+        return msgspec.convert(content, AuditRecord)
+    except (msgspec.MsgspecError, KeyError, TypeError) as error:
+        raise StoreError(f"this is no audit record that culpa wrote: {error}.") from error
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

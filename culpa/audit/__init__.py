@@ -1,1 +1,0 @@
-"""Judging a run: screening by scores, proof by replay."""

@@ -1,0 +1,1 @@
+"""Real runs that show what the library does: the demo."""
