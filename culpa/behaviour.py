@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from culpa.errors import BehaviourError, OptionError
@@ -25,7 +26,11 @@ class Behaviour:
     """
 
     def __init__(
-        self, name: str, function: Callable[[nn.Module, Any], Tensor], batch: Any, unit: str = "nats"
+        self,
+        name: str,
+        function: Callable[[nn.Module, Any], Tensor],
+        batch: Any,
+        unit: str = "nats",
     ) -> None:
         if not name:
             raise OptionError("Behaviour(name=...) must not be empty: tables are labelled with it.")
@@ -44,7 +49,9 @@ class Behaviour:
 
     def checked(self, values: Any) -> Tensor:
         """Return ``values`` if they are one finite number per test point, else raise."""
-        given = f"behaviour {self.name!r} must return a tensor of shape [n], one number a test point"
+        given = (
+            f"behaviour {self.name!r} must return a tensor of shape [n], one number a test point"
+        )
         if not isinstance(values, Tensor):
             raise BehaviourError(f"{given}; got {type(values).__name__}.")
         if values.ndim != 1 or values.shape[0] == 0:
@@ -58,7 +65,7 @@ class Behaviour:
             raise BehaviourError(f"{given}; {bad} of {values.shape[0]} are not finite.")
         return values
 
-    def values(self, model: nn.Module) -> Tensor:
+    def values(self, model: nn.Module) -> Float64[Tensor, " n"]:
         """gamma at the model as it is, in evaluation mode: float64 ``[n]``, no gradient."""
         with evaluation_mode(model), torch.no_grad():
             return self.checked(self.function(model, self.batch)).double()
@@ -87,7 +94,7 @@ def _log_likelihood(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Generator[None]:
     """Every submodule in evaluation mode, each restored to its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -8,7 +8,7 @@ class CulpaError(Exception):
 
 
 class ProblemError(CulpaError):
-    """The loss, the model or the optimizer does not fit together (shape, finiteness, parameters)."""
+    """The loss, the model or the optimizer does not fit together (shape, parameters)."""
 
 
 class NotReproducibleError(ProblemError):

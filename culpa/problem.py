@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from culpa.errors import OptionError, ProblemError, UnsupportedError
+from culpa.errors import OptionError, ProblemError
 from culpa.tree import Tree
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch) -> scalar``: what the loop calls ``.backward()`` on for one micro-batch."""
+Function = Callable[[nn.Module, Any], Any]
+"""Any function of a model and a batch that a user wrote; what it returns is checked afterwards."""
 
 
 class Problem:
@@ -70,14 +72,17 @@ class Problem:
                 "(model, batch) -> [B] whose mean is the loss."
             )
         losses = self._bound.call(self.example_losses, params, buffers, batch)
-        if losses.ndim != 1:
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ProblemError(
-                f"example_losses(model, batch) must return shape [B], got {tuple(losses.shape)}. "
+                f"example_losses(model, batch) must return a tensor of shape [B], got {got}. "
                 "Use reduction='none' and do not average."
             )
         return losses
 
-    def call_at(self, function: Loss, params: Mapping[str, Tensor], buffers: Tree, batch: Any) -> Tensor:
+    def call_at(
+        self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
+    ) -> Any:
         """``function(model, batch)`` with the model's tensors replaced, the model untouched."""
         return self._bound.call(function, params, buffers, batch)
 
@@ -89,10 +94,12 @@ class _Bound(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function: Loss, batch: Any) -> Tensor:
+    def forward(self, function: Function, batch: Any) -> Any:
         return function(self.model, batch)
 
-    def call(self, function: Loss, params: Mapping[str, Tensor], buffers: Tree, batch: Any) -> Tensor:
+    def call(
+        self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
+    ) -> Any:
         tensors = {f"model.{n}": t for n, t in params.items()}
         # Clones: a module in train mode writes its running statistics into what it is given.
         tensors |= {f"model.{n}": t.clone() for n, t in buffers.items()}
@@ -113,13 +120,3 @@ def check_loss(value: Any) -> Tensor:
             "as your loop does before .backward()."
         )
     return value
-
-
-def refuse_changing_buffers(changed: list[str], what: str) -> None:
-    """Refuse a sweep over running statistics, which the sweeps do not carry."""
-    if changed:
-        shown = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
-        raise UnsupportedError(
-            f"{what} does not carry running statistics, but training changed the buffers {shown}. "
-            "culpa.replay(run, problem, without=stage) gives the exact effect for such models."
-        )

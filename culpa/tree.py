@@ -7,7 +7,7 @@ space, and every function here treats it so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 Tree = dict[str, Tensor]
 """Tensors by name."""
 Slots = dict[str, Tree]
-"""An optimizer's state: slot name (``"momentum_buffer"``, ``"exp_avg"``, ...) -> tensors by name."""
+"""An optimizer's state: slot name (such as ``"momentum_buffer"``) -> tensors by name."""
 
 
 def clone(tree: Mapping[str, Tensor]) -> Tree:
@@ -38,18 +38,16 @@ def map_values(function: Callable[[Tensor], Tensor], tree: Mapping[str, Tensor])
     return {name: function(value) for name, value in tree.items()}
 
 
-def _names(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterable[str]:
-    return list(a) + [name for name in b if name not in a]
-
-
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
     """a + b."""
-    return {n: a[n] + b[n] if n in a and n in b else a.get(n, b.get(n)) for n in _names(a, b)}  # type: ignore[misc]
+    both = {name: a[name] + b[name] for name in a if name in b}
+    return {**b, **a, **both}
 
 
 def subtract(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
     """a - b."""
-    return {n: a[n] - b[n] if n in a and n in b else (a[n] if n in a else -b[n]) for n in _names(a, b)}
+    both = {name: a[name] - b[name] for name in a if name in b}
+    return {**scale(-1.0, b), **a, **both}
 
 
 def scale(factor: float, tree: Mapping[str, Tensor]) -> Tree:
@@ -59,9 +57,11 @@ def scale(factor: float, tree: Mapping[str, Tensor]) -> Tree:
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """<a, b>, accumulated in float64 whatever the dtype of the tensors."""
-    return math.fsum(
-        float(torch.dot(a[n].reshape(-1).double(), b[n].reshape(-1).double())) for n in a if n in b
-    )
+    return math.fsum(float(torch.dot(_flat(a[n]), _flat(b[n]))) for n in a if n in b)
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.detach().reshape(-1).double()
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:

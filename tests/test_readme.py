@@ -1,4 +1,4 @@
-"""The README's example is run as it is printed, and what it links to exists."""
+"""The README's example is run as it is printed, its output compared, its links looked up."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+OUTPUTS = re.findall(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 MAX_CODE_LINES = 12
 
 
@@ -28,24 +29,54 @@ def test_the_main_example_stays_short() -> None:
     assert max(map(len, lines)) <= 100, "a line of the main example is too wide to read"
 
 
-def test_the_examples_run_as_printed(tmp_path: Path) -> None:
-    # One program, one process, like somebody who pastes one block after the other. A warning here
-    # is a warning in front of every new user, so it is an error; only DeprecationWarnings of
-    # imported modules (torch's of torch.jit) are hidden from users by Python itself.
+def run(program: str, folder: Path) -> str:
+    """What a program prints, in a process of its own."""
+    # A warning here is a warning in front of every new user, so it is an error; only
+    # DeprecationWarnings of imported modules (torch's of torch.jit) does Python itself hide.
     warnings = ["-W", "error", "-W", "ignore::DeprecationWarning"]
     done = subprocess.run(
-        [sys.executable, *warnings, "-c", "\n".join(BLOCKS)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, *warnings, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
+        encoding="utf-8",
         check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    # What the text around the example says it prints.
-    assert "clean" in done.stdout
-    assert "flipped" in done.stdout
+    return done.stdout
+
+
+def words(text: str) -> list[str]:
+    """Words and numbers of a printed table, without its frame."""
+    return re.findall(r"[^\s|]*[^\s|+-][^\s|]*", text.replace("\N{MINUS SIGN}", "-"))
+
+
+def test_the_examples_print_what_the_readme_says(tmp_path: Path) -> None:
+    # One program, like somebody who pastes one block after the other.
+    output = run("\n".join(BLOCKS), tmp_path)
+    printed, promised = words(output), words("\n".join(OUTPUTS))
+    assert len(printed) == len(promised), f"the text block of README.md is no longer:\n{output}"
+    for there, here in zip(promised, printed, strict=True):
+        if re.fullmatch(r"[+-]?[\d.]+,?", there):
+            # Another processor rounds differently, and training carries that on.
+            number = float(there.rstrip(","))
+            assert float(here.rstrip(",")) == pytest.approx(number, rel=0.02)
+        else:
+            assert here == there, f"the text block of README.md is no longer:\n{output}"
+
+
+def test_at_a_larger_learning_rate_the_first_stage_is_not_identified(tmp_path: Path) -> None:
+    example = BLOCKS[0].replace("lr=0.02", "lr=0.05")
+    assert example != BLOCKS[0]
+    row = next(line for line in run(example, tmp_path).splitlines() if line.startswith("| clean"))
+    sentence = next(line for line in README.splitlines() if "learning rate of 0.05" in line)
+    _, estimate, truth = re.findall(r"[+-][\d.]+", row)
+    said = re.findall(r"[+-]\d[\d.]*\d", sentence)
+    assert [float(x) for x in said] == pytest.approx([float(estimate), float(truth)], rel=0.05)
+    assert "not identified" in row
+    assert "`not identified`" in sentence
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+?)\)", README))))

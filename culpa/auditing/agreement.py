@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from culpa.errors import OptionError
@@ -41,7 +42,9 @@ def agreement(estimate: Any, truth: Any) -> Agreement:
     """
     a, b = _vector(estimate, "estimate"), _vector(truth, "truth")
     if np.shape(estimate) != np.shape(truth):
-        raise OptionError(f"estimate has shape {np.shape(estimate)}, truth {np.shape(truth)}; they must agree.")
+        raise OptionError(
+            f"estimate has shape {np.shape(estimate)}, truth {np.shape(truth)}; they must agree."
+        )
     if a.size < 2:
         raise OptionError(f"agreement needs at least two points, got {a.size}.")
     gap, size = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
@@ -57,22 +60,24 @@ def agreement(estimate: Any, truth: Any) -> Agreement:
     )
 
 
-def _vector(values: Any, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _vector(values: Any, name: str) -> npt.NDArray[np.float64]:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
     vector = np.asarray(values, dtype=np.float64).reshape(-1)
     if not np.isfinite(vector).all():
-        raise OptionError(f"{name} holds {int((~np.isfinite(vector)).sum())} values that are not finite.")
+        raise OptionError(
+            f"{name} holds {int((~np.isfinite(vector)).sum())} values that are not finite."
+        )
     return vector
 
 
-def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
     a, b = a - a.mean(), b - b.mean()
     size = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(np.clip(a @ b / size, -1.0, 1.0)) if size > 0.0 else float("nan")
 
 
-def _ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Ranks from 0, equal values at the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)

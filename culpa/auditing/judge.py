@@ -22,7 +22,8 @@ from culpa.dynamics.propagator import Propagator
 from culpa.dynamics.updates import rule_for
 from culpa.errors import OptionError, StageError
 from culpa.estimators.adjoint import Scores, attribute
-from culpa.estimators.embedding import StageEmbeddings, embed
+from culpa.estimators.embed import embed
+from culpa.estimators.embedding import StageEmbeddings
 from culpa.estimators.trust import NOT_IDENTIFIED
 from culpa.problem import Problem
 from culpa.progress import Progress
@@ -46,25 +47,38 @@ def judge(
     propagator: Propagator | None = None,
     progress: Progress | None = None,
 ) -> AuditRecord:
-    """Find out which stages are to be credited or blamed for the behaviours. See ``culpa.audit``."""
+    """Find out which stages are to be credited or blamed. See ``culpa.audit``."""
     if not run.stages:
         raise StageError(f"{run.path} has no stages to audit.")
     if not budget >= 0:
-        raise OptionError(f"budget is a number of trainings to spend on replays, >= 0; got {budget}.")
+        raise OptionError(
+            f"budget is a number of trainings to spend on replays, >= 0; got {budget}."
+        )
     names = [b.name for b in behaviours]
     if len(set(names)) != len(names):
-        raise OptionError(f"the behaviours' names must differ, got {names}: a table is labelled with them.")
+        raise OptionError(
+            f"the behaviours' names must differ, got {names}: a table is labelled with them."
+        )
     spent: list[Spending] = []
     began = time.monotonic()
     scores = attribute(
-        run, problem, behaviours, propagator=propagator, counterfactual=counterfactual, progress=progress
+        run,
+        problem,
+        behaviours,
+        propagator=propagator,
+        counterfactual=counterfactual,
+        progress=progress,
     )
-    spent.append(_spending("scores of every update: replayed and differentiated", run.num_steps, began))
+    spent.append(
+        _spending("scores of every update: replayed and differentiated", run.num_steps, began)
+    )
     began = time.monotonic()
     embeddings = embed(
         run, problem, propagator=propagator, counterfactual=counterfactual, progress=progress
     )
-    spent.append(_spending("embeddings of every stage: replayed and differentiated", run.num_steps, began))
+    spent.append(
+        _spending("embeddings of every stage: replayed and differentiated", run.num_steps, began)
+    )
     aa = [embeddings.score(b).mean(1).tolist() for b in behaviours]
     effects = [embeddings.effect(b).mean(1).tolist() for b in behaviours]
     estimates = {s.name: [e[i] for e in effects] for i, s in enumerate(run.stages)}
@@ -72,12 +86,16 @@ def judge(
     truths: dict[str, list[float]] = {}
     for stage in plan(run, estimates, grades, budget):
         began = time.monotonic()
-        without = replay(run, problem, without=stage, counterfactual=counterfactual, progress=progress)
+        without = replay(
+            run, problem, without=stage, counterfactual=counterfactual, progress=progress
+        )
         truths[stage] = [float(without.effect(b).mean()) for b in behaviours]
         spent.append(_spending(f"replay without stage {stage!r}", without.updates_executed, began))
     facts = [_behaviour_facts(problem, embeddings, b) for b in behaviours]
     findings = [
-        _finding(stage, embeddings, [a[i] for a in aa], estimates[stage.name], truths.get(stage.name))
+        _finding(
+            stage, embeddings, [a[i] for a in aa], estimates[stage.name], truths.get(stage.name)
+        )
         for i, stage in enumerate(run.stages)
     ]
     updates = _updates(run, scores)
@@ -91,12 +109,18 @@ def judge(
         verdicts=words.verdicts(findings, facts),
         cautions=words.cautions(findings, facts, updates.grades, counterfactual),
         spent=spent,
-        options={"budget": f"{budget:g} trainings", "propagator": str(embeddings.facts["propagator"]), "form": "block"},
+        options={
+            "budget": f"{budget:g} trainings",
+            "propagator": str(embeddings.facts["propagator"]),
+            "form": "block",
+        },
         sources=_sources(run, scores),
     )
 
 
-def plan(run: Run, estimates: Mapping[str, Sequence[float]], grades: Mapping[str, str], budget: float) -> list[str]:
+def plan(
+    run: Run, estimates: Mapping[str, Sequence[float]], grades: Mapping[str, str], budget: float
+) -> list[str]:
     """Which stages to replay, in order, while ``budget`` (in trainings) lasts.
 
     First what no estimate can tell: stages not identified. Then for each behaviour the most blamed
@@ -130,7 +154,9 @@ def _spending(what: str, updates: int, began: float) -> Spending:
     return Spending(what=what, updates=updates, seconds=time.monotonic() - began)
 
 
-def _behaviour_facts(problem: Problem, embeddings: StageEmbeddings, behaviour: Behaviour) -> BehaviourFacts:
+def _behaviour_facts(
+    problem: Problem, embeddings: StageEmbeddings, behaviour: Behaviour
+) -> BehaviourFacts:
     values = embeddings.observed(behaviour)
     return BehaviourFacts(
         name=behaviour.name, unit=behaviour.unit, value=float(values.mean()), count=len(values)
@@ -193,5 +219,8 @@ def _sources(run: Run, scores: Scores) -> list[Source]:
         Source(what="AA-Score, Estimators 4.1 to 4.3, block form of Appendix B", citation=AA_SCORE),
         Source(what="propagation through an update", citation=scores.propagator.citation),
         *(Source(what=f"update rule {rule.name}", citation=rule.source) for rule in rules),
-        Source(what="replayed effects", citation="skip-and-retrain: the recorded updates, executed again"),
+        Source(
+            what="replayed effects",
+            citation="skip-and-retrain: the recorded updates, executed again",
+        ),
     ]

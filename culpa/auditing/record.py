@@ -11,7 +11,7 @@ AUDIT_FORMAT = 1
 
 
 class BehaviourFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One audited behaviour. ``value`` is gamma(theta_K), the mean over its ``count`` test points."""
+    """One audited behaviour. ``value`` is gamma(theta_K), the mean over ``count`` test points."""
 
     name: str
     unit: str
@@ -120,7 +120,8 @@ def decode(data: bytes) -> AuditRecord:
         content = msgspec.json.decode(data)
         if content["format"] != AUDIT_FORMAT:
             raise StoreError(
-                f"the audit record has format {content['format']!r}; this culpa reads {AUDIT_FORMAT}."
+                f"the audit record has format {content['format']!r}; this culpa reads"
+                f" {AUDIT_FORMAT}."
             )
         for stage in content["stages"]:
             for field in ("scores", "effects"):

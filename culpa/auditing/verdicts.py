@@ -15,9 +15,13 @@ NO_VERDICT_ON_PEOPLE = (
     "made it: they may have had reasons that no behaviour measured here shows."
 )
 MEANINGS = {
-    "skip": "at the updates of the stage nothing happened to parameters and optimizer; later updates kept "
-    "their recorded data and learning rates",
-    "restart": "the updates of the stage did not happen, and the next stage began with a fresh optimizer",
+    "skip": (
+        "at the updates of the stage nothing happened to parameters and optimizer; later updates"
+        " kept their recorded data and learning rates"
+    ),
+    "restart": (
+        "the updates of the stage did not happen, and the next stage began with a fresh optimizer"
+    ),
     "zero-gradient": "the updates of the stage were made with a gradient of zero",
 }
 
@@ -35,7 +39,9 @@ def verdicts(stages: Sequence[StageFinding], behaviours: Sequence[BehaviourFacts
     blame: list[str] = []
     credit: list[str] = []
     for q, behaviour in enumerate(behaviours):
-        ranked = sorted((value, i) for i, s in enumerate(stages) if (value := known(s, q)) is not None)
+        ranked = sorted(
+            (value, i) for i, s in enumerate(stages) if (value := known(s, q)) is not None
+        )
         of_those = "" if len(ranked) == len(stages) else " whose effect is known"
         for said, (value, i), found in (
             (blame, ranked[0] if ranked else (0.0, 0), "lowered"),
@@ -55,7 +61,9 @@ def _sentence(stage: StageFinding, q: int, value: float, behaviour: BehaviourFac
     said = f"Stage {stage.name!r} {verb} {behaviour.name} by {size}"
     if truth is not None:
         estimate = f"{stage.effects[q]:+.3g}".replace("-", "\N{MINUS SIGN}")
-        return f"{said}: replayed without it, so exact (the estimate was {estimate}, {stage.grade})."
+        return (
+            f"{said}: replayed without it, so exact (the estimate was {estimate}, {stage.grade})."
+        )
     return f"{said}: estimated, {stage.grade}, not replayed."
 
 
@@ -66,25 +74,29 @@ def cautions(
     counterfactual: str,
 ) -> list[str]:
     """What a reader must know before acting on the numbers."""
-    said = [f"\N{LEFT DOUBLE QUOTATION MARK}Without a stage\N{RIGHT DOUBLE QUOTATION MARK} means: {MEANINGS[counterfactual]}."]
+    said = [
+        f"\N{LEFT DOUBLE QUOTATION MARK}Without a stage\N{RIGHT DOUBLE QUOTATION MARK} means:"
+        f" {MEANINGS[counterfactual]}."
+    ]
     for stage in stages:
         if stage.grade == NOT_IDENTIFIED and None in stage.replayed:
             said.append(
-                f"The effect of stage {stage.name!r} is not identified by its estimate ({stage.reason}): "
-                f"replay it before relying on it."
+                f"The effect of stage {stage.name!r} is not identified by its estimate"
+                f" ({stage.reason}): replay it before relying on it."
             )
         for q, behaviour in enumerate(behaviours):
             truth = stage.replayed[q]
             if truth is not None and stage.grade == TRUSTED and _apart(stage.effects[q], truth):
                 said.append(
-                    f"The estimate for stage {stage.name!r} on {behaviour.name} ({stage.effects[q]:+.3g}) was "
-                    f"graded trusted, but replay gave {truth:+.3g} {behaviour.unit}: use the replayed number."
+                    f"The estimate for stage {stage.name!r} on {behaviour.name}"
+                    f" ({stage.effects[q]:+.3g}) was graded trusted, but replay gave {truth:+.3g}"
+                    f" {behaviour.unit}: use the replayed number."
                 )
     missing = sum(grade == NOT_IDENTIFIED for grade in update_grades)
     if missing:
         said.append(
-            f"The scores of {missing} of {len(update_grades)} single updates are not identified: the training "
-            "after them amplifies small changes too much for a first-order score."
+            f"The scores of {missing} of {len(update_grades)} single updates are not identified:"
+            " the training after them amplifies small changes too much for a first-order score."
         )
     said.append(NO_VERDICT_ON_PEOPLE)
     return said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ class LocalLoss:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def example_values(self, params: Tree) -> Tensor:
-        """The share of every example in the loss of the update, ``[examples]``; sums to ``value``."""
+        """The share of every example in the update's loss, ``[examples]``; sums to ``value``."""
         shares: list[Tensor] = []
         for weight, batch in self._micro_batches():
             buffers = self.transition.before.buffers
@@ -94,7 +94,7 @@ class LocalLoss:
 
 
 @contextmanager
-def differentiable_twice() -> Iterator[None]:
+def differentiable_twice() -> Generator[None]:
     """Attention kernels that have second and forward-mode derivatives, for the time inside.
 
     The default scaled-dot-product kernels and the fast path of ``nn.MultiheadAttention`` have

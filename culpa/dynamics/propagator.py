@@ -1,10 +1,10 @@
-"""How a difference between two trajectories is carried through one update: strategies as objects."""
+"""How a difference of two trajectories is carried through one update: strategies as objects."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from culpa import tree
 from culpa.dynamics.curvature import hessian
@@ -13,6 +13,7 @@ from culpa.errors import OptionError
 from culpa.tree import Tree
 
 
+@runtime_checkable
 class Propagator(Protocol):
     """What an estimator needs to know of the loss at one update."""
 
@@ -49,7 +50,9 @@ class Exact:
         """Check both options."""
         strategies = ("auto", *hessian.STRATEGIES)
         if self.hvp not in strategies:
-            raise OptionError(f"Exact(hvp=...) must be one of {', '.join(strategies)}, got {self.hvp!r}.")
+            raise OptionError(
+                f"Exact(hvp=...) must be one of {', '.join(strategies)}, got {self.hvp!r}."
+            )
         if self.at not in ("observed", "midpoint"):
             raise OptionError(f"Exact(at=...) must be 'observed' or 'midpoint', got {self.at!r}.")
 

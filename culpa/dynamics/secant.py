@@ -36,7 +36,9 @@ class Secant:
     def __post_init__(self) -> None:
         """Check the fraction."""
         if not 0 < self.fraction <= 1:
-            raise OptionError(f"Secant(fraction) takes a fraction of each batch in (0, 1], got {self.fraction}.")
+            raise OptionError(
+                f"Secant(fraction) takes a fraction of each batch in (0, 1], got {self.fraction}."
+            )
 
     @property
     def citation(self) -> str:
@@ -49,8 +51,8 @@ class Secant:
     def products(self, local: LocalLoss, vectors: Sequence[Tree]) -> list[Tree]:
         """Refused: a secant belongs to a displacement, and single scores have none."""
         raise UnsupportedError(
-            "Secant carries stage displacements (culpa.embed with form='block'); the scores of single "
-            "updates and the additive form need a linear propagator such as culpa.Exact()."
+            "Secant carries stage displacements (culpa.embed with form='block'); the scores of"
+            " single updates and the additive form need a linear propagator such as culpa.Exact()."
         )
 
     def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:

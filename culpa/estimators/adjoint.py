@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from culpa import tree
@@ -42,9 +43,9 @@ class Scores:
         behaviours, propagator, counterfactual: what the numbers are about.
     """
 
-    steps: Tensor
-    stages: Tensor
-    examples: Tensor | None
+    steps: Float64[Tensor, "updates behaviours"]
+    stages: Float64[Tensor, "stages behaviours"]
+    examples: Float64[Tensor, "examples behaviours"] | None
     trust: tuple[Trust, ...]
     singular: int
     behaviours: tuple[str, ...]
@@ -99,8 +100,8 @@ def attribute(
         raise OptionError("attribute needs at least one behaviour, got an empty sequence.")
     if examples and problem.example_losses is None:
         raise OptionError(
-            "examples=True needs Problem(model, loss, example_losses=...): a function (model, batch) "
-            "-> [B] whose mean is the loss."
+            "examples=True needs Problem(model, loss, example_losses=...): a function (model,"
+            " batch) -> [B] whose mean is the loss."
         )
     refuse_running_statistics(run, "culpa.attribute")
     for k in _optimizer_changes(run):
@@ -117,7 +118,9 @@ def attribute(
     watch.start("attribute", count)
     try:
         with session(run, problem) as engine:
-            adjoints = [_Adjoint(gradient_of(problem, b, final, buffers, trained), {}) for b in behaviours]
+            adjoints = [
+                _Adjoint(gradient_of(problem, b, final, buffers, trained), {}) for b in behaviours
+            ]
             sizes = [tree.norm(p.params) for p in adjoints]
             for transition in backward(run, engine):
                 k, rule = transition.index, rule_for(transition.record.optimizer.name)
@@ -131,22 +134,30 @@ def attribute(
                 watch.advance()
     finally:
         watch.finish()
-    stages = torch.stack([steps[s.start : s.stop].sum(0) for s in run.stages]) if run.stages else steps[:0]
+    stages = (
+        torch.stack([steps[s.start : s.stop].sum(0) for s in run.stages])
+        if run.stages
+        else steps[:0]
+    )
     names = tuple(b.name for b in behaviours)
     trusts = tuple(reversed(trust))
     return Scores(steps, stages, by_example, trusts, singular, names, chosen, counterfactual)
 
 
-def gradient_of(problem: Problem, behaviour: Behaviour, params: Tree, buffers: Tree, wrt: object) -> Tree:
-    """The gradient of the behaviour's mean with respect to the trained parameters."""
-    names = [name for name in params if name in set(wrt)]  # type: ignore[call-overload]
+def gradient_of(
+    problem: Problem, behaviour: Behaviour, params: Tree, buffers: Tree, names: Collection[str]
+) -> Tree:
+    """The gradient of the behaviour's mean with respect to the parameters in ``names``."""
     leaves = {name: params[name].detach().requires_grad_() for name in names}
     with evaluation_mode(problem.model), torch.enable_grad(), differentiable_twice():
-        values = behaviour.checked(problem.call_at(behaviour.function, params | leaves, buffers, behaviour.batch))
+        values = behaviour.checked(
+            problem.call_at(behaviour.function, params | leaves, buffers, behaviour.batch)
+        )
         if not values.requires_grad:
             raise OptionError(
-                f"behaviour {behaviour.name!r} is not differentiable in the parameters, so it has no "
-                "first-order scores. Use StageEmbeddings.effect or culpa.replay, which only evaluate it."
+                f"behaviour {behaviour.name!r} is not differentiable in the parameters, so it has"
+                " no first-order scores. Use StageEmbeddings.effect or culpa.replay, which only"
+                " evaluate it."
             )
         found = torch.autograd.grad(
             values.mean(), list(leaves.values()), allow_unused=True, materialize_grads=True
@@ -159,7 +170,13 @@ def _optimizer_changes(run: Run) -> list[int]:
     return [0, *(s.start for s in run.stages if s.start)] if run.num_steps else []
 
 
-def _trust(rule: Rule, transition: Transition, adjoints: Sequence[_Adjoint], sizes: Sequence[float], moved: Tree) -> Trust:
+def _trust(
+    rule: Rule,
+    transition: Transition,
+    adjoints: Sequence[_Adjoint],
+    sizes: Sequence[float],
+    moved: Tree,
+) -> Trust:
     growth = max(
         tree.norm(p.params) / size if size > 0.0 else 1.0
         for p, size in zip(adjoints, sizes, strict=True)
@@ -207,5 +224,5 @@ def _pull(
 def example_shares(local: LocalLoss, cotangent: Tree) -> Tensor:
     """w . grad l_i / B for every example of the update, float64: one forward-mode product."""
     with differentiable_twice():
-        _, shares = torch.func.jvp(local.example_values, (local.params,), (cotangent,))
+        shares = torch.func.jvp(local.example_values, (local.params,), (cotangent,))[1]
     return shares.detach().double().cpu()

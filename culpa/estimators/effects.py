@@ -69,8 +69,9 @@ def refuse_running_statistics(run: Run, what: str) -> None:
     name, _ = largest_difference(first, last)
     if name:
         raise UnsupportedError(
-            f"{what} does not carry running statistics yet, and training changed the buffer {name!r}. "
-            "culpa.replay(run, problem, without=stage) gives the exact effect for such models."
+            f"{what} does not carry running statistics yet, and training changed the buffer"
+            f" {name!r}. culpa.replay(run, problem, without=stage) gives the exact effect for such"
+            " models."
         )
 
 

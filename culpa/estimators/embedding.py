@@ -8,26 +8,19 @@ from typing import Any
 
 import msgspec
 import torch
+from jaxtyping import Float64
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from culpa import tree
 from culpa.behaviour import Behaviour, evaluation_mode
-from culpa.dynamics.local import LocalLoss, differentiable_twice
-from culpa.dynamics.propagator import Exact, Propagator
-from culpa.dynamics.updates import rule_for
-from culpa.errors import OptionError, StageError, StoreError, UnsupportedError
-from culpa.estimators.effects import refuse_running_statistics
-from culpa.estimators.tangent import FORMS, probes
-from culpa.estimators.trust import grade_stage
+from culpa.dynamics.local import differentiable_twice
+from culpa.errors import OptionError, StageError, StoreError
 from culpa.problem import Problem
-from culpa.progress import Progress, Silent
+from culpa.trajectory import rng
 from culpa.trajectory.files import write_durably
-from culpa.trajectory.replay import check_counterfactual
-from culpa.trajectory.run import Run
 from culpa.trajectory.schema import Stage
-from culpa.trajectory.walk import forward, session
 from culpa.tree import Tree
 
 FORMAT = 1
@@ -99,7 +92,7 @@ class StageEmbeddings(Mapping[str, Tree]):
         """theta_K - D: all parameters of the estimated model without the stage."""
         return tree.subtract(self.final, self[name])
 
-    def score(self, behaviour: Behaviour) -> Tensor:
+    def score(self, behaviour: Behaviour) -> Float64[Tensor, "stages n"]:
         """The AA-Score per test point: grad gamma . D, float64 ``[num_stages, n]``.
 
         First order in the dynamics and in gamma. Cost: one forward-mode product per stage.
@@ -108,27 +101,31 @@ class StageEmbeddings(Mapping[str, Tree]):
 
         def values(params: Tree) -> Tensor:
             everything = self.final | params
-            return behaviour.checked(problem.call_at(behaviour.function, everything, self.buffers, behaviour.batch))
+            return behaviour.checked(
+                problem.call_at(behaviour.function, everything, self.buffers, behaviour.batch)
+            )
 
         rows: list[Tensor] = []
-        with evaluation_mode(problem.model), differentiable_twice():
+        with rng.preserved(), evaluation_mode(problem.model), differentiable_twice():
             for displacement in self._displacements.values():
                 at = {name: self.final[name] for name in displacement}
                 rows.append(torch.func.jvp(values, (at,), (displacement,))[1].detach().double())
         return torch.stack(rows)
 
-    def observed(self, behaviour: Behaviour) -> Tensor:
+    def observed(self, behaviour: Behaviour) -> Float64[Tensor, " n"]:
         """gamma(theta_K) per test point, float64 ``[n]``."""
         return self._values(behaviour, self.final)
 
-    def effect(self, behaviour: Behaviour) -> Tensor:
+    def effect(self, behaviour: Behaviour) -> Float64[Tensor, "stages n"]:
         """gamma(theta_K) - gamma(theta_K - D) per test point, float64 ``[num_stages, n]``.
 
         First order in the dynamics, exact in gamma, which need not be differentiable; exact
         altogether for the last stage.
         """
         observed = self.observed(behaviour)
-        return torch.stack([observed - self._values(behaviour, self.counterfactual(n)) for n in self])
+        return torch.stack(
+            [observed - self._values(behaviour, self.counterfactual(n)) for n in self]
+        )
 
     def save(self, path: str | Path) -> None:
         """Write all of it to one safetensors file; read it with ``StageEmbeddings.load``."""
@@ -136,7 +133,12 @@ class StageEmbeddings(Mapping[str, Tree]):
         tensors |= {f"buffers/{n}": v for n, v in self.buffers.items()}
         for at, displacement in enumerate(self._displacements.values()):
             tensors |= {f"stage/{at}/{n}": v for n, v in displacement.items()}
-        content = {"format": FORMAT, "stages": self.stages, "trust": self.trust, "facts": self.facts}
+        content = {
+            "format": FORMAT,
+            "stages": self.stages,
+            "trust": self.trust,
+            "facts": self.facts,
+        }
         header = {"culpa": msgspec.json.encode(content).decode()}
         plain = {n: v.detach().cpu().contiguous() for n, v in tensors.items()}
         write_durably(Path(path), save(plain, metadata=header))
@@ -153,18 +155,29 @@ class StageEmbeddings(Mapping[str, Tree]):
                 content: Any = msgspec.json.decode((file.metadata() or {})["culpa"])
                 tensors: Tree = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if content["format"] != FORMAT:
-                raise StoreError(f"{path} has format {content['format']!r}; this culpa reads {FORMAT}.")
+                raise StoreError(
+                    f"{path} has format {content['format']!r}; this culpa reads {FORMAT}."
+                )
             stages = msgspec.convert(content["stages"], tuple[Stage, ...])
             trust = {n: _restored(t) for n, t in content["trust"].items()}
         except StoreError:
             raise
-        except Exception as error:  # noqa: BLE001 (the safetensors reader's errors have no base)
+        except Exception as error:
             raise StoreError(f"{path} is no file of stage embeddings: {error}.") from error
-        part = lambda prefix: {  # noqa: E731
-            n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)
-        }
+
+        def part(prefix: str) -> Tree:
+            return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
         displacements = {s.name: part(f"stage/{at}/") for at, s in enumerate(stages)}
-        return cls(stages, displacements, trust, part("final/"), part("buffers/"), content["facts"], problem)
+        return cls(
+            stages,
+            displacements,
+            trust,
+            part("final/"),
+            part("buffers/"),
+            content["facts"],
+            problem,
+        )
 
     def _problem(self) -> Problem:
         if self.problem is None:
@@ -176,92 +189,12 @@ class StageEmbeddings(Mapping[str, Tree]):
 
     def _values(self, behaviour: Behaviour, params: Tree) -> Tensor:
         problem = self._problem()
-        with evaluation_mode(problem.model), torch.no_grad():
+        with rng.preserved(), evaluation_mode(problem.model), torch.no_grad():
             values = problem.call_at(behaviour.function, params, self.buffers, behaviour.batch)
             return behaviour.checked(values).double()
 
 
-def embed(
-    run: Run,
-    problem: Problem,
-    *,
-    stages: Sequence[str] | None = None,
-    propagator: Propagator | None = None,
-    form: str = "block",
-    order: int = 1,
-    counterfactual: str = "skip",
-    progress: Progress | None = None,
-) -> StageEmbeddings:
-    """Embed stages: D_S ~ theta_K - theta_K(without S), one forward sweep for all of them.
-
-    Args:
-        run: the recorded run.
-        problem: the problem it was recorded with; its model is borrowed and left as it was.
-        stages: names; default all.
-        propagator: default ``Exact(at="midpoint")``: at practical learning rates the paper's
-            curvature, at the observed parameters, is the largest source of error.
-        form: ``"block"`` (the paper's Appendix B; more accurate and cheaper) or ``"additive"``
-            (Estimator 4.3).
-        order: 1.
-        counterfactual: see ``culpa.replay``.
-        progress: see ``culpa.progress``.
-
-    Returns:
-        The embeddings. Cost: one replay of the run from the first stage on and, per stage and
-        update after it, one Hessian product (2.5 gradients). Memory: per stage one displacement
-        and one optimizer state.
-
-    Raises:
-        StageError: an unknown stage, or none at all.
-        UnsupportedError: for an optimizer without a differentiable rule, for changing running
-            statistics, for models without second derivatives, and for ``order=2``.
-    """
-    check_counterfactual(counterfactual)
-    if form not in FORMS:
-        raise OptionError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
-    if order != 1:
-        raise UnsupportedError(f"order={order!r}: this version has first-order embeddings only.")
-    wanted = run.stages if stages is None else [run.stage(n) for n in dict.fromkeys(stages)]
-    if not wanted:
-        raise StageError(f"no stage to embed: {run.path} has {len(run.stages)} and stages={stages!r}.")
-    refuse_running_statistics(run, "culpa.embed")
-    wanted, chosen = sorted(wanted, key=lambda s: s.start), propagator or Exact(at="midpoint")
-    first, watch = wanted[0].start, progress or Silent()
-    carried = [FORMS[form](s, counterfactual) for s in wanted]
-    where = probes(wanted, run.num_steps)
-    watch.start("embed", run.num_steps - first)
-    try:
-        with session(run, problem) as engine:
-            for transition in forward(run, engine, first, run.num_steps):
-                rule, local = rule_for(transition.record.optimizer.name), LocalLoss(problem, transition)
-                for one in carried:
-                    one.advance(rule, transition, local, chosen, transition.index in where[one.stage.name])
-                watch.advance()
-    finally:
-        watch.finish()
-    final = run.final_state()
-    size = tree.norm(run.state(run.num_steps).params)
-    trust = {one.stage.name: _trust(one.displacement, one.at_stage_end, one.residuals, size) for one in carried}
-    facts = {
-        "form": form,
-        "order": str(order),
-        "propagator": repr(chosen),
-        "counterfactual": counterfactual,
-        "root_digest": run.root_digest,
-    }
-    displacements = {one.stage.name: one.displacement for one in carried}
-    return StageEmbeddings(wanted, displacements, trust, final, run.final_buffers(), facts, problem)
-
-
-def _trust(displacement: Tree, at_end: float, residuals: Sequence[float], size: float) -> StageTrust:
-    now = tree.norm(displacement)
-    growth = now / at_end if at_end > 0.0 else 1.0
-    residual = max(residuals) if residuals else float("nan")
-    relative = now / size if size > 0.0 else float("inf")
-    return StageTrust(relative, growth, residual, grade_stage(growth, residual))
-
-
 def _restored(trust: dict[str, Any]) -> StageTrust:
     """The encoder writes nan as null."""
-    numbers = {n: float("nan") if v is None else v for n, v in trust.items()}
-    return StageTrust(**numbers)
+    restored: dict[str, Any] = {n: float("nan") if v is None else v for n, v in trust.items()}
+    return StageTrust(**restored)

@@ -38,7 +38,14 @@ class Block:
     at_stage_end: float = 0.0
     residuals: list[float] = field(default_factory=list[float])
 
-    def advance(self, rule: Rule, transition: Transition, local: LocalLoss, propagator: Propagator, probe: bool) -> None:
+    def advance(
+        self,
+        rule: Rule,
+        transition: Transition,
+        local: LocalLoss,
+        propagator: Propagator,
+        probe: bool,
+    ) -> None:
         """Carry the displacement through one observed update."""
         k, record = transition.index, transition.record
         if k < self.stage.start:
@@ -50,7 +57,9 @@ class Block:
         made = tree.subtract(transition.after.params, transition.before.params)
         if k in self.stage.updates:
             if self.counterfactual == "zero-gradient":
-                made = tree.subtract(made, self._step(rule, transition, tree.zeros_like(transition.grads)))
+                made = tree.subtract(
+                    made, self._step(rule, transition, tree.zeros_like(transition.grads))
+                )
             self.displacement = tree.add(self.displacement, made)
             self.at_stage_end = tree.norm(self.displacement)
             return
@@ -87,7 +96,14 @@ class Additive:
     at_stage_end: float = 0.0
     residuals: list[float] = field(default_factory=list[float])
 
-    def advance(self, rule: Rule, transition: Transition, local: LocalLoss, propagator: Propagator, probe: bool) -> None:
+    def advance(
+        self,
+        rule: Rule,
+        transition: Transition,
+        local: LocalLoss,
+        propagator: Propagator,
+        probe: bool,
+    ) -> None:
         """Carry the displacement through one observed update."""
         k, record = transition.index, transition.record
         if k < self.stage.start:
@@ -112,7 +128,10 @@ class Additive:
         if k in self.stage.updates:
             moved, slots = direct_effect(rule, transition, self.counterfactual)
             self.displacement = tree.add(self.displacement, moved)
-            self.slots = {s: tree.add(self.slots.get(s, {}), slots.get(s, {})) for s in {**self.slots, **slots}}
+            self.slots = {
+                s: tree.add(self.slots.get(s, {}), slots.get(s, {}))
+                for s in {**self.slots, **slots}
+            }
             self.at_stage_end = tree.norm(self.displacement)
 
 
@@ -134,5 +153,6 @@ def linearisation_residual(local: LocalLoss, displacement: Tree, estimate: Tree)
 def probes(stages: Sequence[Stage], num_steps: int) -> dict[str, frozenset[int]]:
     """For each stage the updates after it at which the remainder is measured: at most four."""
     return {
-        s.name: frozenset(range(s.stop, num_steps, max(1, (num_steps - s.stop + 3) // 4))) for s in stages
+        s.name: frozenset(range(s.stop, num_steps, max(1, (num_steps - s.stop + 3) // 4)))
+        for s in stages
     }

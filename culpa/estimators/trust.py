@@ -50,4 +50,6 @@ def grade_stage(growth: float, residual: float) -> str:
         return NOT_IDENTIFIED
     if growth <= GROWTH_TRUSTED and residual <= RESIDUAL_TRUSTED:
         return TRUSTED
-    return DOUBTFUL if growth <= GROWTH_DOUBTFUL and residual <= RESIDUAL_DOUBTFUL else NOT_IDENTIFIED
+    return (
+        DOUBTFUL if growth <= GROWTH_DOUBTFUL and residual <= RESIDUAL_DOUBTFUL else NOT_IDENTIFIED
+    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from culpa.behaviour import Behaviour, log_likelihood
 from culpa.errors import OptionError, UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory.recorder import record
+from culpa.trajectory.record import record
 from culpa.trajectory.run import Run, open_run
 
 Batch = tuple[Tensor, Tensor]
@@ -29,22 +29,28 @@ DIGIT = 3
 
 
 def problem() -> tuple[Problem, list[Behaviour]]:
-    """The demo's problem and behaviours: ``culpa audit RUN --problem culpa.experiments.demo:problem``."""
+    """The demo's problem and behaviours, for ``--problem culpa.experiments.demo:problem``."""
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
     _, (images, labels) = _digits()
     one = labels == DIGIT
     behaviours = [
         log_likelihood("log-likelihood of clean digits", (images.flatten(1), labels)),
         log_likelihood("log-likelihood of rotated digits", (_rotated(images).flatten(1), labels)),
-        log_likelihood(f"log-likelihood of the digit {DIGIT}", (images[one].flatten(1), labels[one])),
+        log_likelihood(
+            f"log-likelihood of the digit {DIGIT}", (images[one].flatten(1), labels[one])
+        ),
     ]
     return Problem(model, _loss, _losses), behaviours
 
 
-def train(path: Path, *, seed: int = 0, optimizer: str = "sgd", overwrite: bool = True) -> tuple[Run, Problem, list[Behaviour]]:
+def train(
+    path: Path, *, seed: int = 0, optimizer: str = "sgd", overwrite: bool = True
+) -> tuple[Run, Problem, list[Behaviour]]:
     """Train the four stages in a plain loop, recorded into ``path``."""
     if optimizer not in OPTIMIZERS:
-        raise OptionError(f"the demo's optimizer is one of {', '.join(OPTIMIZERS)}, got {optimizer!r}.")
+        raise OptionError(
+            f"the demo's optimizer is one of {', '.join(OPTIMIZERS)}, got {optimizer!r}."
+        )
     torch.manual_seed(seed)
     task, behaviours = problem()
     model = task.model
@@ -71,7 +77,12 @@ def _pipeline() -> Iterator[tuple[str, Tensor, Tensor, int]]:
     (images, labels), _ = _digits()
     shifted = (labels + 1) % 10
     parts = [slice(0, 800), slice(800, 1100), slice(1100, 1400), slice(0, 600)]
-    kinds = [(images, labels, 5), (_rotated(images), labels, 1), (images, shifted, 1), (images, labels, 1)]
+    kinds = [
+        (images, labels, 5),
+        (_rotated(images), labels, 1),
+        (images, shifted, 1),
+        (images, labels, 1),
+    ]
     for name, part, (x, y, epochs) in zip(STAGES, parts, kinds, strict=True):
         yield name, x[part], y[part], epochs
 
@@ -79,10 +90,11 @@ def _pipeline() -> Iterator[tuple[str, Tensor, Tensor, int]]:
 def _digits() -> tuple[Batch, Batch]:
     """Training and test digits: images float32 [n, 8, 8] in [0, 1], labels int64 [n]."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
         raise UnsupportedError(
-            "the demo's digits come with scikit-learn, which is not installed. Run: pip install 'culpa[demo]'."
+            "the demo's digits come with scikit-learn, which is not installed. Run: pip install"
+            " 'culpa[demo]'."
         ) from error
     data: Any = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32) / 16

@@ -63,7 +63,7 @@ def audit(
     propagator: Propagator | None = None,
     progress: Progress | None = None,
 ) -> Audit:
-    """Find out which stages are to be credited or blamed for the behaviours, and prove the main ones.
+    """Find out which stages are to be credited or blamed, and prove the main ones by replay.
 
     Screens every update (``attribute``) and every stage (``embed``), then replays history without
     the most blamed and the most credited stage of each behaviour, largest part first, while the

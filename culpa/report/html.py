@@ -107,6 +107,7 @@ def _templates() -> tuple[Any, Any]:
         "plural": numbers.plural,
         "data_size": numbers.data_size,
         "duration": numbers.duration,
+        "moment": numbers.moment,
         "grade_index": grade_index,
         "linked": linked,
         "row_height": row_height,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Final, cast
 
 MINUS: Final = "\u2212"
@@ -78,6 +79,17 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def moment(text: str) -> str:
+    """An ISO 8601 time as ``2026-01-05 20:14 UTC``; any other text, or a time of no zone, as is."""
+    try:
+        given = datetime.fromisoformat(text)
+        if given.tzinfo is None:
+            return text
+        return f"{given.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError):  # no time, or before the year 1 in UTC
+        return text
 
 
 def visible(text: str) -> str:

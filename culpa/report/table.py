@@ -59,9 +59,8 @@ def to_text(record: AuditRecord) -> str:
 def _table(record: AuditRecord, q: int, *, ascii_only: bool = False) -> Table:
     facts = record.behaviours[q]
     value = signed(facts.value, ascii_only=ascii_only)
-    points = "test point" if facts.count == 1 else "test points"
     table = Table(
-        title=Text(f"{facts.name}: {value} {facts.unit}, mean over {facts.count} {points}"),
+        title=Text(f"{facts.name}: {value} {facts.unit} (mean of {facts.count})"),
         caption=Text('> 0: the stage raised it; < 0: it lowered it; "-": not replayed'),
         title_style="bold",
         title_justify="left",

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,12 +36,24 @@ class Layout(msgspec.Struct, frozen=True):
         return msgspec.json.encode(self, order="sorted")
 
 
+Rows = npt.NDArray[np.uint8]
+Placement = tuple[int, tuple[int, ...]]
+"""Where a tensor lay: its address modulo ``ALIGNMENT``, and its strides in elements."""
+ALIGNMENT = 64
+
+
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch taken apart: its layout and its rows, uint8 ``[rows, bytes per row]``."""
+    """A batch taken apart: its layout and its rows, uint8 ``[rows, bytes per row]``.
+
+    ``placements`` has an entry for every tensor, or none where all are contiguous and aligned as
+    new tensors are. Kernels choose their order of summation by strides and alignment: without
+    them a replay of a batch that was a view would differ in the last bits.
+    """
 
     layout: Layout
-    rows: np.ndarray[Any, np.dtype[np.uint8]]
+    rows: Rows
+    placements: tuple[Placement, ...] = ()
 
 
 def encode(batch: Any) -> EncodedBatch:
@@ -56,19 +69,49 @@ def encode(batch: Any) -> EncodedBatch:
     count = sizes.pop() if per_row else 1
     if per_row:
         _drop_first_dimension(root)
-    parts = [np.frombuffer(raw_bytes(leaf.cpu()), dtype=np.uint8).reshape(count, -1) for leaf in leaves]
+    parts = [
+        np.frombuffer(raw_bytes(leaf.cpu()), dtype=np.uint8).reshape(count, -1) for leaf in leaves
+    ]
     rows = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), dtype=np.uint8)
-    return EncodedBatch(Layout(per_row, root), rows)
+    placements = tuple(_placement(leaf) for leaf in leaves)
+    usual = [(0, leaf.contiguous().stride()) for leaf in leaves]
+    return EncodedBatch(Layout(per_row, root), rows, () if [*placements] == usual else placements)
 
 
-def decode(layout: Layout, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
+def _placement(leaf: Tensor) -> Placement:
+    """Address and strides; the strides of a copy where elements of the tensor share memory."""
+    address = leaf.data_ptr() % ALIGNMENT if leaf.device.type == "cpu" else 0
+    reach = 0  # the farthest element so far: the next larger stride must exceed it
+    for dim in sorted(range(leaf.ndim), key=leaf.stride):
+        if leaf.shape[dim] > 1 and leaf.stride(dim) <= reach:
+            return address, leaf.contiguous().stride()
+        reach += leaf.stride(dim) * (leaf.shape[dim] - 1)
+    return address, leaf.stride()
+
+
+def _placed(value: Tensor, placement: Placement) -> Tensor:
+    """A copy of ``value`` that lies in memory as the recorded tensor did."""
+    address, strides = placement
+    size = value.element_size()
+    span = 1 + sum(s * (n - 1) for s, n in zip(strides, value.shape, strict=False))
+    if len(strides) != value.ndim or min(strides, default=0) < 0 or address % size:
+        raise IntegrityError(f"a batch's placement {placement} does not fit {tuple(value.shape)}.")
+    if span * size > 64 * (value.numel() * size + 2**20):
+        raise IntegrityError(f"a batch's strides {strides} would need {span * size} bytes.")
+    memory = torch.empty(span * size + 2 * ALIGNMENT, dtype=torch.uint8)
+    start = (address - memory.data_ptr()) % ALIGNMENT
+    flat = memory[start : start + span * size].view(value.dtype)
+    return flat.as_strided(tuple(value.shape), strides).copy_(value)
+
+
+def decode(layout: Layout, rows: Rows, placements: Sequence[Placement] = ()) -> Any:
     """The batch again, from its layout and rows uint8 ``[rows, bytes per row]``."""
     expected = row_bytes(layout.root)
     if rows.shape[1] != expected:
         raise IntegrityError(
             f"the rows of a batch have {rows.shape[1]} bytes; their layout says {expected}."
         )
-    return _Reader(layout, rows).read(layout.root)
+    return _Reader(layout, rows, placements).read(layout.root)
 
 
 def row_bytes(node: Node) -> int:
@@ -104,17 +147,33 @@ def _describe(value: Any, leaves: list[Tensor], where: str) -> Node:
     if isinstance(value, Tensor):
         leaves.append(value.detach())
         shape = list(value.shape)
-        return {"kind": "tensor", "dtype": dtype_name(value.dtype), "shape": shape, "device": value.device.type}
+        return {
+            "kind": "tensor",
+            "dtype": dtype_name(value.dtype),
+            "shape": shape,
+            "device": value.device.type,
+        }
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         array = cast("np.ndarray[Any, Any]", value)
         leaves.append(torch.from_numpy(np.ascontiguousarray(array)))
-        return {"kind": "array", "dtype": dtype_name(leaves[-1].dtype), "shape": list(array.shape), "device": "cpu"}
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return {
+            "kind": "array",
+            "dtype": dtype_name(leaves[-1].dtype),
+            "shape": list(array.shape),
+            "device": "cpu",
+        }
+    if (
+        value is None
+        or isinstance(value, (bool, int, str))
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return {"kind": "value", "value": value}
     if isinstance(value, Mapping):
         mapping = cast("Mapping[Any, Any]", value)
         if not all(isinstance(key, str) for key in mapping):
-            raise RecordError(f"{where} is a dictionary with keys that are not strings; name its entries.")
+            raise RecordError(
+                f"{where} is a dictionary with keys that are not strings; name its entries."
+            )
         items = [_describe(item, leaves, f"{where}[{key!r}]") for key, item in mapping.items()]
         return {"kind": "dict", "keys": list(mapping), "items": items}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -138,7 +197,9 @@ def _drop_first_dimension(node: Node) -> None:
 def _dtype(node: Node) -> torch.dtype:
     dtype = getattr(torch, str(node["dtype"]), None)
     if not isinstance(dtype, torch.dtype):
-        raise IntegrityError(f"a batch's layout names the dtype {node['dtype']!r}, which torch has not.")
+        raise IntegrityError(
+            f"a batch's layout names the dtype {node['dtype']!r}, which torch has not."
+        )
     return dtype
 
 
@@ -149,8 +210,9 @@ def _element_size(node: Node) -> int:
 class _Reader:
     """Consumes the columns of a row matrix in the order in which the leaves were written."""
 
-    def __init__(self, layout: Layout, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def __init__(self, layout: Layout, rows: Rows, placements: Sequence[Placement]) -> None:
         self.per_row = layout.per_row
+        self.placements = iter(placements)
         self.rows = rows
         self.at = 0
 
@@ -175,7 +237,14 @@ class _Reader:
         self.at += size
         shape = [len(self.rows), *node["shape"]] if self.per_row else node["shape"]
         flat = torch.from_numpy(column.reshape(-1))
-        value = flat.view(_dtype(node)).reshape(shape) if flat.numel() else torch.empty(shape, dtype=_dtype(node))
+        value = (
+            flat.view(_dtype(node)).reshape(shape)
+            if flat.numel()
+            else torch.empty(shape, dtype=_dtype(node))
+        )
+        placement = next(self.placements, None)
+        # A copy in either case: memory that torch allocates is aligned, NumPy's is not.
+        value = value.clone() if placement is None else _placed(value, placement)
         if node["kind"] == "array":
             return value.numpy()
         return value.to(node["device"]) if node["device"] != "cpu" else value

@@ -13,12 +13,12 @@ from culpa import tree
 from culpa.errors import NotReproducibleError, RecordError
 from culpa.problem import Problem
 from culpa.trajectory import rng
+from culpa.trajectory.chain import StepDetail
 from culpa.trajectory.engine import Engine, borrowed
 from culpa.trajectory.observer import Observer
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import MicroBatch, StepRecord
 from culpa.trajectory.state import State, largest_difference
-from culpa.trajectory.writer import StepDetail
 from culpa.tree import Tree
 
 Drawn = tuple[Any, RandomState]
@@ -43,9 +43,9 @@ def prove_reproducible(problem: Problem, pending: Sequence[Drawn]) -> None:
             values.append(problem.evaluate(batch).detach())
     if not torch.equal(values[0], values[1]):
         raise NotReproducibleError(
-            f"the loss of one batch from one random state was {float(values[0])!r} and then "
-            f"{float(values[1])!r}. It draws randomness that no generator of Python, NumPy or torch "
-            "accounts for, or keeps state outside of the model. Nothing could be replayed."
+            f"the loss of one batch from one random state was {float(values[0])!r} and then"
+            f" {float(values[1])!r}. It draws randomness that no generator of Python, NumPy or"
+            " torch accounts for, or keeps state outside of the model. Nothing could be replayed."
         )
 
 
@@ -78,14 +78,17 @@ def identify(
     failures: list[tuple[str, float, Tree]] = []
     for drawn, facts in readings:
         grads, state = _execute_again(observer, before, drawn, facts, hypers, index)
-        name, size = largest_difference(state.flat(), after.flat() if after.slots else _without_slots(state, after))
+        name, size = largest_difference(
+            state.flat(), after.flat() if after.slots else _without_slots(state, after)
+        )
         if not name:
             return drawn, facts
         failures.append((name, size, grads))
     name, size, grads = failures[0]
     raise RecordError(
-        f"update {index} is not what the record would say: executed again from the same state, "
-        f"{name.partition('/')[2]} differs by up to {size:.3g}. {_cause(grads, live, count, detail)}"
+        f"update {index} is not what the record would say: executed again from the same state,"
+        f" {name.partition('/')[2]} differs by up to {size:.3g}."
+        f" {_cause(grads, live, count, detail)}"
     )
 
 
@@ -123,12 +126,15 @@ def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:
     """What the live gradients, compared with the problem's, say about the loop."""
     if count > 1 and detail.weights is None:
         return (
-            f"{count} batches were drawn before this update. If the loop fetches batches ahead or "
-            "weights them, say which make an update: `with recorder.step(*micro_batches, weights=...)`."
+            f"{count} batches were drawn before this update. If the loop fetches batches ahead or"
+            " weights them, say which make an update: `with recorder.step(*micro_batches,"
+            " weights=...)`."
         )
     size = tree.norm(grads)
     if live.keys() != grads.keys() or size == 0.0:
-        return "Its gradients are not those of loss(model, batch): is the loss the one the loop uses?"
+        return (
+            "Its gradients are not those of loss(model, batch): is the loss the one the loop uses?"
+        )
     factor = tree.dot(live, grads) / size**2
     if tree.norm(tree.subtract(live, tree.scale(factor, grads))) > 1e-4 * tree.norm(live):
         return (
@@ -137,8 +143,8 @@ def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:
         )
     if abs(factor - 1) > 1e-5 and detail.clip_grad_norm is None:
         return (
-            f"The loop's gradients are {factor:.4g} times those of loss(model, batch): a scaled loss, or "
-            "clip_grad_norm_ (then pass clip_grad_norm=max_norm to culpa.record)."
+            f"The loop's gradients are {factor:.4g} times those of loss(model, batch): a scaled"
+            " loss, or clip_grad_norm_ (then pass clip_grad_norm=max_norm to culpa.record)."
         )
     return (
         "The gradients agree, so something else than torch.optim changed the parameters: weights "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from culpa.errors import OptionError
 
 
+@runtime_checkable
 class CheckpointPolicy(Protocol):
     """Decides which states s_k are kept. The first and the last always are."""
 

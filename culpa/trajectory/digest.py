@@ -22,7 +22,7 @@ FINGERPRINT_BYTES = 4
 def raw_bytes(value: Tensor) -> memoryview:
     """The elements of a CPU tensor in C order, without a copy where it is contiguous already."""
     flat = value.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Exact execution of recorded updates on the user's module with ``torch.optim`` and ``.backward()``.
+"""Exact execution of recorded updates on the user's module, by ``torch.optim`` and ``backward``.
 
 Nothing here is differentiated or approximated: an update executed by this engine from the recorded
 state gives the recorded bits.
@@ -6,7 +6,7 @@ state gives the recorded bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,7 @@ def gather_slots(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) 
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
+def borrowed(model: nn.Module) -> Generator[None]:
     """Lend the module to the engine; afterwards it is as it was: tensors, gradients, modes, RNG."""
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     values, statistics = tree.clone(params), tree.clone(buffers)
@@ -122,7 +122,7 @@ class Engine:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.params: Mapping[str, nn.Parameter] = dict(problem.model.named_parameters())
+        self.params: Tree = dict(problem.model.named_parameters())
         self.buffers: Mapping[str, Tensor] = dict(problem.model.named_buffers())
         self._names = {p: name for name, p in self.params.items()}
         self._held: tuple[str, ...] = ()
@@ -154,7 +154,7 @@ class Engine:
     def execute(
         self, record: StepRecord, batches: Sequence[Any], randoms: Sequence[RandomState | None]
     ) -> Executed:
-        """One update, each micro-batch from its ``randoms`` entry or, if ``None``, as they stand."""
+        """One update, each micro-batch from its ``randoms`` or, if ``None``, as they stand."""
         set_modes(self.problem.model, record.evaluating)
         for p in self.params.values():
             p.grad = None
@@ -169,7 +169,9 @@ class Engine:
             total += float(loss.detach())
         grads = self._gradients(record)
         if record.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_([self.params[n] for n in record.held], record.clip_grad_norm)
+            # In the model's order, as loops do it: the norm's last bit depends on it.
+            held = [p for name, p in self.params.items() if name in record.held]
+            torch.nn.utils.clip_grad_norm_(held, record.clip_grad_norm)
         self._prepared_optimizer(record).step()
         return Executed(total, grads, tuple(used))
 
@@ -180,7 +182,9 @@ class Engine:
             p.grad = None if name in record.without_gradient else torch.zeros_like(p)
         self._prepared_optimizer(record).step()
 
-    def advance_randomness(self, record: StepRecord, batches: Sequence[Any], randoms: Sequence[RandomState | None]) -> None:
+    def advance_randomness(
+        self, record: StepRecord, batches: Sequence[Any], randoms: Sequence[RandomState | None]
+    ) -> None:
         """Draw what a skipped update would have drawn, so that later updates see the same masks."""
         set_modes(self.problem.model, record.evaluating)
         kept = tree.clone(self.buffers)
@@ -191,9 +195,8 @@ class Engine:
                 self.problem.loss(self.problem.model, batch)
         _write(self.buffers, kept)
 
-
     def _gradients(self, record: StepRecord) -> Tree:
-        """Gradients of the held parameters; those the loop left at zero rather than ``None`` too."""
+        """Gradients of the held parameters; also those the loop left at zero, not ``None``."""
         grads: Tree = {}
         for name in record.held:
             p = self.params[name]
@@ -206,7 +209,9 @@ class Engine:
         return grads
 
     def _live_slots(self) -> Slots:
-        return self._slots if self._optimizer is None else gather_slots(self._optimizer, self._names)
+        return (
+            self._slots if self._optimizer is None else gather_slots(self._optimizer, self._names)
+        )
 
     def _prepared_optimizer(self, record: StepRecord) -> torch.optim.Optimizer:
         spec = (record.optimizer.name, record.optimizer.groups)

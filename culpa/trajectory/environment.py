@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -43,7 +43,7 @@ def differences(recorded: dict[str, str], here: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def as_recorded(recorded: dict[str, str]) -> Iterator[None]:
+def as_recorded(recorded: dict[str, str]) -> Generator[None]:
     """Set what can be set in a running process (threads, determinism, precision); restore after."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()

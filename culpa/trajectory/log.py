@@ -12,8 +12,8 @@ CREATE TABLE layout    (id INTEGER PRIMARY KEY, json BLOB NOT NULL UNIQUE);
 CREATE TABLE optimizer (id INTEGER PRIMARY KEY, json BLOB NOT NULL UNIQUE);
 CREATE TABLE hypers    (id INTEGER PRIMARY KEY, json BLOB NOT NULL UNIQUE);
 CREATE TABLE random    (id INTEGER PRIMARY KEY, state BLOB NOT NULL);
-CREATE TABLE example   (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, layout INTEGER NOT NULL,
-                        offset INTEGER NOT NULL, size INTEGER NOT NULL);
+CREATE TABLE example   (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE,
+                        layout INTEGER NOT NULL, offset INTEGER NOT NULL, size INTEGER NOT NULL);
 CREATE TABLE step      (k INTEGER PRIMARY KEY, optimizer INTEGER NOT NULL, hypers INTEGER NOT NULL,
                         micro_batches BLOB NOT NULL, detail BLOB NOT NULL, digest BLOB NOT NULL,
                         fingerprints BLOB NOT NULL, chain BLOB NOT NULL);
@@ -47,7 +47,9 @@ def close(connection: sqlite3.Connection) -> None:
 
 def open_readonly(path: Path) -> sqlite3.Connection:
     """An existing log for reading."""
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+    connection = sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False
+    )
     connection.execute("PRAGMA query_only=ON")
     return connection
 

@@ -65,20 +65,21 @@ class Observer:
         state = State(dict(held), dict(self.buffers), self.slots() if slots else {}).clone()
         if all(t.device.type == "cpu" for t in held.values()):
             return state
-        to_cpu: Any = lambda t: t.cpu()  # noqa: E731
         return State(
-            tree.map_values(to_cpu, state.params),
-            tree.map_values(to_cpu, state.buffers),
-            {slot: tree.map_values(to_cpu, values) for slot, values in state.slots.items()},
+            tree.map_values(Tensor.cpu, state.params),
+            tree.map_values(Tensor.cpu, state.buffers),
+            {slot: tree.map_values(Tensor.cpu, values) for slot, values in state.slots.items()},
         )
 
-    def versions(self) -> int:
-        """A number that grows with every in-place change of a held parameter."""
-        return sum(p._version for p in self.held.values())
+    def versions(self) -> dict[str, int]:
+        """By held parameter a number that grows with every change in place."""
+        return {name: p._version for name, p in self.held.items()}
 
     def evaluating(self) -> tuple[str, ...]:
         """The names of the submodules in evaluation mode."""
-        return tuple(name for name, module in self.problem.model.named_modules() if not module.training)
+        return tuple(
+            name for name, module in self.problem.model.named_modules() if not module.training
+        )
 
     def without_gradient(self) -> tuple[str, ...]:
         """The names of held parameters without a gradient."""

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from culpa._version import __version__
-from culpa.errors import OptionError, RecordError, StageError, StoreError, UnsupportedError
+from culpa.errors import OptionError, RecordError, StageError, UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory import environment, rng
+from culpa.trajectory import rng
 from culpa.trajectory.batches import encode
-from culpa.trajectory.checkpoints import CheckpointPolicy, Thinned
+from culpa.trajectory.chain import StepDetail
 from culpa.trajectory.check import Before, identify, prove_reproducible
+from culpa.trajectory.checkpoints import CheckpointPolicy
 from culpa.trajectory.observer import Observer, encode_hypers
 from culpa.trajectory.rng import RandomState
-from culpa.trajectory.run import describe_tensors, open_run
-from culpa.trajectory.schema import Manifest, Stage
+from culpa.trajectory.schema import Stage
 from culpa.trajectory.state import State, largest_difference
-from culpa.trajectory.writer import MANIFEST, Commit, StepDetail, Writer
+from culpa.trajectory.writer import Commit, Writer
 
 Batch = TypeVar("Batch")
 UNNAMED = "training"
@@ -33,12 +29,21 @@ UNNAMED = "training"
 class Recorder:
     """Watches one optimizer at a time and commits each of its updates. Made by ``culpa.record``."""
 
-    def __init__(self, writer: Writer, observer: Observer, clip: float | None, policy: CheckpointPolicy, initial: State) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        observer: Observer,
+        clip: float | None,
+        policy: CheckpointPolicy,
+        initial: State,
+    ) -> None:
         self._writer = writer
         self._observer = observer
         self._clip = clip
         self._policy = policy
-        self._last = State(initial.params, initial.buffers)  # parameters and buffers after the last committed update
+        self._last = State(
+            initial.params, initial.buffers
+        )  # parameters and buffers after the last committed update
         self._held = initial.params.keys()
         self._index = 0
         self._stage: Stage | None = None
@@ -51,13 +56,19 @@ class Recorder:
         self._before: Before | None = None
         self._versions = observer.versions()
         self._fresh = False  # whether the optimizer starts anew at the next update
-        self._had_slots = bool(observer.slots())
+        self._had_slots = bool(observer.optimizer.state)
         self._started = time.monotonic()
         self.training_seconds = 0.0
         self._hooks = self._watch()
 
     @contextmanager
-    def stage(self, name: str, *, optimizer: torch.optim.Optimizer | None = None, problem: Problem | None = None) -> Iterator[None]:
+    def stage(
+        self,
+        name: str,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        problem: Problem | None = None,
+    ) -> Generator[None]:
         """Name the updates made inside: a stage.
 
         Args:
@@ -69,13 +80,18 @@ class Recorder:
             StageError: if stages overlap, a name repeats, or a stage ends without an update.
         """
         if self._explicit:
-            raise StageError(f"stage {name!r} begins inside stage {self._stage_name()!r}; stages may not overlap.")
+            raise StageError(
+                f"stage {name!r} begins inside stage {self._stage_name()!r}; stages may not"
+                " overlap."
+            )
         if not name or name in self._names:
-            raise StageError(f"stage name {name!r} is {'used twice' if name else 'empty'}; names must be unique.")
+            raise StageError(
+                f"stage name {name!r} is {'used twice' if name else 'empty'}; names must be unique."
+            )
         if problem is not None and problem is not self._observer.problem:
             raise UnsupportedError(
-                f"stage {name!r} brings its own problem; this version records one loss a run. Let the "
-                "loss function tell the stages apart by the batch it is given."
+                f"stage {name!r} brings its own problem; this version records one loss a run. Let"
+                " the loss function tell the stages apart by the batch it is given."
             )
         self._end_stage()
         if optimizer is not None and optimizer is not self._observer.optimizer:
@@ -85,8 +101,8 @@ class Recorder:
         start = self._index if self._stage is None else self._stage.start
         if self._index == start:
             raise StageError(
-                f"stage {name!r} ended without an update. Does its loop call step() on the optimizer "
-                "given to culpa.record (or to recorder.stage(optimizer=...))?"
+                f"stage {name!r} ended without an update. Does its loop call step() on the"
+                " optimizer given to culpa.record (or to recorder.stage(optimizer=...))?"
             )
         self._end_stage()
 
@@ -101,7 +117,7 @@ class Recorder:
             yield batch
 
     @contextmanager
-    def step(self, *micro_batches: Any, weights: Iterable[float] | None = None) -> Iterator[None]:
+    def step(self, *micro_batches: Any, weights: Iterable[float] | None = None) -> Generator[None]:
         """For loops that ``batches`` does not fit: the update made inside is made of these.
 
         Args:
@@ -111,7 +127,7 @@ class Recorder:
         listed = None if weights is None else tuple(float(w) for w in weights)
         if not micro_batches or (listed is not None and len(listed) != len(micro_batches)):
             raise OptionError(
-                f"recorder.step needs at least one micro-batch and one weight each, got "
+                "recorder.step needs at least one micro-batch and one weight each, got "
                 f"{len(micro_batches)} and {0 if listed is None else len(listed)} weights."
             )
         before = self._index
@@ -119,7 +135,9 @@ class Recorder:
         self._arrive(list(micro_batches), listed)
         yield
         if self._index != before + 1:
-            raise RecordError(f"recorder.step saw {self._index - before} updates inside; it must be one.")
+            raise RecordError(
+                f"recorder.step saw {self._index - before} updates inside; it must be one."
+            )
 
     def close(self, status: str, reason: str) -> None:
         """Finish the record. Called by ``culpa.record``."""
@@ -127,7 +145,9 @@ class Recorder:
             hook.remove()
         self._end_stage()
         # An update that was refused has moved the live optimizer already: it ends before that one.
-        slots = self._before.state.slots if self._before else self._observer.state({}, slots=True).slots
+        slots = (
+            self._before.state.slots if self._before else self._observer.state({}, slots=True).slots
+        )
         final = State(self._last.params, self._last.buffers, slots)
         self._writer.close(final, status, reason, self.training_seconds)
 
@@ -136,11 +156,13 @@ class Recorder:
     def _arrive(self, batches: list[Any], weights: tuple[float, ...] | None) -> None:
         if self._stage is None:
             self._begin_stage(self._free_name(), explicit=False)
-        if self._observer.versions() != self._versions:
+        now_at = self._observer.versions()
+        edited = [name for name, version in now_at.items() if version != self._versions[name]]
+        if edited:
             raise RecordError(
-                f"parameters were changed between update {self._index - 1} and the next, outside of "
-                "optimizer.step(). A replay could not repeat that. Make such changes before "
-                "culpa.record, or leave them out while recording."
+                f"{', '.join(edited[:4])} changed between update {self._index - 1} and the next,"
+                " outside of optimizer.step(). A replay could not repeat that. Make such changes"
+                " before culpa.record, or leave them out while recording."
             )
         now = rng.capture()
         self._pending += [(batch, now) for batch in batches]
@@ -150,11 +172,13 @@ class Recorder:
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self._pending:
             raise RecordError(
-                "optimizer.step() was called, but no batch had been drawn since the update before. Wrap "
-                "the loader: `for batch in recorder.batches(loader)`, or the update: `with "
-                "recorder.step(batch)`."
+                "optimizer.step() was called, but no batch had been drawn since the update before."
+                " Wrap the loader: `for batch in recorder.batches(loader)`, or the update: `with"
+                " recorder.step(batch)`."
             )
-        if len(self._pending) != self._usual:
+        if self._had_slots and not optimizer.state:
+            self._fresh = True  # the loop cleared it: a new job with the same object
+        if self._fresh or len(self._pending) != self._usual:
             slots = self._observer.state({}, slots=True).slots
             self._before = Before(State(self._last.params, self._last.buffers, slots), self._fresh)
 
@@ -166,7 +190,8 @@ class Recorder:
             weights=self._weights,
             clip_grad_norm=self._clip,
             reset=self._fresh,
-            drew_randomness=after_random != self._pending[-1][1] or len({r for _, r in self._pending}) > 1,
+            drew_randomness=after_random != self._pending[-1][1]
+            or len({r for _, r in self._pending}) > 1,
             evaluating=observer.evaluating(),
             without_gradient=observer.without_gradient(),
         )
@@ -177,11 +202,16 @@ class Recorder:
         if self._before is not None:
             if self._usual == 0:
                 prove_reproducible(observer.problem, pending)
-            pending, detail = identify(observer, self._before, pending, detail, hypers, after, index, self._usual)
+            pending, detail = identify(
+                observer, self._before, pending, detail, hypers, after, index, self._usual
+            )
             self._usual, self._before = len(self._pending), None
         kept_before = index == 0 or self._policy.keep(index)
         encoded = [
-            (encode(batch), None if at == 0 and random == self._after and not kept_before else random)
+            (
+                encode(batch),
+                None if at == 0 and random == self._after and not kept_before else random,
+            )
             for at, (batch, random) in enumerate(pending)
         ]
         self._writer.submit(
@@ -189,7 +219,7 @@ class Recorder:
         )
         self._after, self._fresh = after_random, False
         self._last = State(after.params, after.buffers)
-        self._versions = observer.versions()
+        self._versions, self._had_slots = observer.versions(), bool(optimizer.state)
         self._index += 1
         self._pending = []
 
@@ -202,12 +232,11 @@ class Recorder:
         where, size = largest_difference(live.flat(), self._last.flat())
         if where:
             raise RecordError(
-                f"before stage {name!r} the tensor {where} differs by up to {size:.3g} from what it was "
-                "after the last update: something changed the model outside of optimizer.step(). A "
-                "replay could not repeat that; record such jobs as runs of their own."
+                f"before stage {name!r} the tensor {where} differs by up to {size:.3g} from what it"
+                " was after the last update: something changed the model outside of"
+                " optimizer.step(). A replay could not repeat that; record such jobs as runs of"
+                " their own."
             )
-        if self._index and not self._fresh and not observer.slots():
-            self._fresh = self._had_slots
         self._stage = Stage(name, self._index, self._index)
         self._names.add(name)
         self._explicit, self._usual = explicit, 0
@@ -216,7 +245,6 @@ class Recorder:
     def _end_stage(self) -> None:
         if self._stage is not None and self._index > self._stage.start:
             self._writer.add_stage(Stage(self._stage.name, self._stage.start, self._index))
-        self._had_slots = bool(self._observer.slots())
         self._stage, self._explicit = None, False
 
     def _stage_name(self) -> str:
@@ -249,83 +277,3 @@ class Recorder:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-
-
-@contextmanager
-def record(
-    path: str | Path,
-    problem: Problem,
-    optimizer: torch.optim.Optimizer,
-    *,
-    scheduler: Any = None,
-    scaler: Any = None,
-    clip_grad_norm: float | None = None,
-    checkpoints: CheckpointPolicy | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> Iterator[Recorder]:
-    """Record the updates that ``optimizer`` makes inside this block into the folder ``path``.
-
-    Args:
-        path: a folder that does not exist yet.
-        problem: the model and the loss the loop minimises.
-        optimizer: of ``torch.optim``; several parameter groups are fine.
-        scheduler: accepted for loops that pass it on; every update's learning rates are recorded.
-        scaler: an enabled ``GradScaler`` is refused by this version.
-        clip_grad_norm: the ``max_norm`` if the loop calls ``clip_grad_norm_`` on all parameters.
-        checkpoints: which states to keep; default ``culpa.Thinned()``, O(sqrt(K)) of them.
-        resume: going on with an interrupted record is refused by this version.
-        overwrite: replace a run that ``path`` holds already.
-
-    Yields:
-        A ``Recorder``. The first update of each stage is executed a second time, from the same
-        state, and compared bit for bit: a loop that does something unmodelled is told at once.
-
-    Raises:
-        StoreError: if ``path`` exists (or is no run, with ``overwrite``), or cannot be written.
-        RecordError: if the loop does what a replay could not repeat.
-        ProblemError: if loss, model and optimizer do not fit together.
-    """
-    folder = Path(path)
-    if scaler is not None and scaler.is_enabled():
-        raise UnsupportedError("an enabled GradScaler is not supported yet; record in float32 or bfloat16.")
-    if resume:
-        raise UnsupportedError("resume=True is not supported yet; record into a new folder.")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise OptionError(f"clip_grad_norm is the positive max_norm of the loop's call, got {clip_grad_norm}.")
-    observer, policy = Observer(problem, optimizer), checkpoints or Thinned()
-    params = observer.params
-    frozen = {name: p for name, p in params.items() if name not in observer.held}
-    manifest = Manifest(
-        culpa_version=__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        status="recording",
-        environment=environment.capture(),
-        parameters=describe_tensors(dict(params)),
-        buffers=describe_tensors(dict(observer.buffers)),
-        frozen=tuple(sorted(frozen)),
-    )
-    initial = observer.state(observer.held, slots=True)
-    _make_room(folder, overwrite)
-    writer = Writer(folder, manifest, initial, State(frozen).clone(), policy)
-    recorder = Recorder(writer, observer, clip_grad_norm, policy, initial)
-    try:
-        yield recorder
-    except BaseException as error:
-        recorder.close("interrupted", f"{type(error).__name__}: {error}"[:500])
-        raise
-    recorder.close("complete", "")
-
-
-def _make_room(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if (folder / MANIFEST).is_file():
-        if not overwrite:
-            raise StoreError(f"{folder} holds a run already. Choose another path, or pass overwrite=True.")
-        open_run(folder)  # never remove what is not a run of ours
-        shutil.rmtree(folder)
-    elif not folder.is_dir() or any(folder.iterdir()):
-        raise StoreError(f"{folder} exists and is no culpa run; choose a path that does not exist.")
-    else:
-        folder.rmdir()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import Float64
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -26,7 +27,8 @@ def check_counterfactual(counterfactual: str) -> None:
     """Raise ``OptionError`` unless it is one of the three named in the documentation."""
     if counterfactual not in COUNTERFACTUALS:
         raise OptionError(
-            f"counterfactual must be one of {', '.join(map(repr, COUNTERFACTUALS))}, got {counterfactual!r}."
+            f"counterfactual must be one of {', '.join(map(repr, COUNTERFACTUALS))}, got"
+            f" {counterfactual!r}."
         )
 
 
@@ -50,13 +52,12 @@ class Counterfactual:
     _run: Run
     _problem: Problem
 
-    def effect(self, behaviour: Behaviour) -> Tensor:
+    def effect(self, behaviour: Behaviour) -> Float64[Tensor, " n"]:
         """The true effect per test point: gamma(theta_K) - gamma(theta_K without S), float64 [n].
 
         Positive: the removed updates raised the behaviour (credit); negative: blame.
         """
         with session(self._run, self._problem):
-            model = self._problem.model
             observed = values_at(model_state(self._run), behaviour, self._problem)
             return observed - values_at((self.state, self.buffers), behaviour, self._problem)
 
@@ -96,7 +97,9 @@ def updates_of(run: Run, without: str | Iterable[int | str]) -> frozenset[int]:
         elif 0 <= item < run.num_steps:
             found.add(int(item))
         else:
-            raise StageError(f"without= names update {item}; the run has updates 0 to {run.num_steps - 1}.")
+            raise StageError(
+                f"without= names update {item}; the run has updates 0 to {run.num_steps - 1}."
+            )
     return frozenset(found)
 
 
@@ -154,7 +157,12 @@ def replay(
 
 
 def _execute(
-    run: Run, engine: Engine, at: int, removed: frozenset[int], counterfactual: str, progress: Progress
+    run: Run,
+    engine: Engine,
+    at: int,
+    removed: frozenset[int],
+    counterfactual: str,
+    progress: Progress,
 ) -> None:
     randomness, observed = Randomness(), True
     for k in range(at, run.num_steps):
@@ -170,7 +178,11 @@ def _execute(
             observed = False
             if counterfactual == "zero-gradient":
                 engine.tick(record)
-            if record.drew_randomness and k + 1 < run.num_steps and run.randoms_of(k + 1)[0] is None:
+            if (
+                record.drew_randomness
+                and k + 1 < run.num_steps
+                and run.randoms_of(k + 1)[0] is None
+            ):
                 engine.advance_randomness(record, run.batches_of(k), randoms)
         randomness.after(randoms, record)
         if observed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,9 @@ def capture() -> RandomState:
             [str(kind), np.asarray(keys, dtype=np.uint32).tobytes(), position, has_gauss, cached]
         ),
         torch_cpu=torch.get_rng_state().numpy().tobytes(),
-        torch_cuda=tuple(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()) if cuda else (),
+        torch_cuda=tuple(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())
+        if cuda
+        else (),
     )
 
 
@@ -62,7 +64,7 @@ def _byte_tensor(data: bytes) -> torch.Tensor:
 
 
 @contextmanager
-def preserved() -> Iterator[None]:
+def preserved() -> Generator[None]:
     """Whatever is drawn inside, every generator is afterwards as it was before."""
     state = capture()
     try:

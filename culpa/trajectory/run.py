@@ -16,10 +16,11 @@ from torch import Tensor
 from culpa import tree
 from culpa.errors import IntegrityError, StageError, StoreError
 from culpa.trajectory import batches, log
+from culpa.trajectory.chain import StepDetail, StoredMicroBatch
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import FORMAT, Manifest, MicroBatch, OptimizerSpec, Stage, StepRecord
 from culpa.trajectory.state import State
-from culpa.trajectory.writer import FROZEN, LOG, MANIFEST, PACK, STATES, StepDetail, state_file
+from culpa.trajectory.writer import FROZEN, LOG, MANIFEST, PACK, STATES, state_file
 from culpa.tree import Tree
 
 
@@ -105,7 +106,9 @@ class Run:
     def state(self, k: int) -> State:
         """A kept state; raises ``StoreError`` for one that is not kept."""
         if k not in self.kept_states:
-            raise StoreError(f"s_{k} is not kept in {self.path}; nearest before it: {self.kept_before(k)}.")
+            raise StoreError(
+                f"s_{k} is not kept in {self.path}; nearest before it: {self.kept_before(k)}."
+            )
         return self._read_state(state_file(self.path, k))
 
     def kept_before(self, k: int) -> int:
@@ -148,7 +151,10 @@ class Run:
             raise IntegrityError(f"{path} is missing, though the log names it.") from error
 
     def _step(self, k: int) -> StepRecord:
-        query = "SELECT optimizer, hypers, micro_batches, detail, digest, fingerprints FROM step WHERE k = ?"
+        query = (
+            "SELECT optimizer, hypers, micro_batches, detail, digest, fingerprints FROM step WHERE"
+            " k = ?"
+        )
         found = log.rows(self.connection, query, (k,))
         if not found:
             raise StoreError(f"{self.path} has updates 0 to {self.num_steps - 1}; got {k}.")
@@ -159,8 +165,10 @@ class Run:
             optimizer=self._optimizers[optimizer],
             hypers=self._hypers[hypers],
             micro_batches=tuple(
-                MicroBatch(layout, tuple(np.frombuffer(ids, dtype="<u4").tolist()), random)
-                for layout, ids, random in msgspec.msgpack.decode(micro)
+                MicroBatch(layout, _ids(ids), random, placements)
+                for layout, ids, random, placements in msgspec.msgpack.decode(
+                    micro, type=list[StoredMicroBatch]
+                )
             ),
             digest=digest,
             fingerprints=fingerprints,
@@ -178,7 +186,7 @@ class Run:
         rows = np.empty((len(where), size), dtype=np.uint8)
         for at, offset in enumerate(where[:, 1].tolist()):
             rows[at] = np.frombuffer(self._pack, dtype=np.uint8, count=size, offset=offset)
-        return batches.decode(layout, rows)
+        return batches.decode(layout, rows, micro.placements)
 
     def _random(self, number: int | None) -> RandomState | None:
         if number is None:
@@ -187,6 +195,10 @@ class Run:
         if not found:
             raise IntegrityError(f"{self.path / LOG} names random state {number}, which it lacks.")
         return RandomState.decode(found[0][0])
+
+
+def _ids(packed: bytes) -> tuple[int, ...]:
+    return tuple(np.frombuffer(packed, dtype="<u4").tolist())
 
 
 def _tuples(hyper: dict[str, Any]) -> dict[str, Any]:
@@ -232,4 +244,6 @@ def same_model(run: Run, params: dict[str, Tensor]) -> list[str]:
 def describe_tensors(tensors: Tree) -> dict[str, str]:
     """Name -> dtype and shape, as manifests hold them."""
     described = tree.map_values(lambda v: v, tensors)
-    return {n: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for n, v in described.items()}
+    return {
+        n: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for n, v in described.items()
+    }

@@ -50,6 +50,8 @@ class MicroBatch(msgspec.Struct, frozen=True):
     layout: int
     rows: tuple[int, ...]
     random: int | None
+    placements: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of every tensor in memory (batches.py), unless all were contiguous and aligned."""
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):

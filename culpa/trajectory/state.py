@@ -30,7 +30,9 @@ class State:
 
     def clone(self) -> State:
         """A copy that shares no memory."""
-        return State(tree.clone(self.params), tree.clone(self.buffers), tree.clone_slots(self.slots))
+        return State(
+            tree.clone(self.params), tree.clone(self.buffers), tree.clone_slots(self.slots)
+        )
 
     def flat(self) -> Tree:
         """All tensors under path-like names, as they stand in a state's file."""
@@ -42,7 +44,7 @@ class State:
 
     @classmethod
     def unflatten(cls, flat: Mapping[str, Tensor]) -> State:
-        """The inverse of ``flat``; raises ``IntegrityError`` on a name that is no path of a state."""
+        """The inverse of ``flat``; raises ``IntegrityError`` on a name that is no such path."""
         state = cls({})
         for path, value in flat.items():
             kind, _, name = path.partition("/")
@@ -54,7 +56,9 @@ class State:
             elif kind == "slots" and slot and held:
                 state.slots.setdefault(slot, {})[held] = value
             else:
-                raise IntegrityError(f"a state's file holds a tensor {path!r} that is no part of one.")
+                raise IntegrityError(
+                    f"a state's file holds a tensor {path!r} that is no part of one."
+                )
         return state
 
     def digest(self) -> bytes:
@@ -70,7 +74,8 @@ class State:
     def step_names(self) -> list[str]:
         """The names that belong to ``step_digests``, in order."""
         return sorted(
-            [f"params/{name}" for name in self.params] + [f"buffers/{name}" for name in self.buffers]
+            [f"params/{name}" for name in self.params]
+            + [f"buffers/{name}" for name in self.buffers]
         )
 
     def encode(self) -> bytes:
@@ -84,7 +89,7 @@ class State:
             return cls.unflatten(load_tensors(data))
         except IntegrityError:
             raise
-        except Exception as error:  # noqa: BLE001 (the safetensors reader's errors have no base)
+        except Exception as error:
             raise IntegrityError(f"a state's file is damaged: {error}") from error
 
 

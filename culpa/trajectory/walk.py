@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +47,9 @@ class Randomness:
     def __init__(self) -> None:
         self._continued: RandomState | None = None
 
-    def before(self, recorded: list[RandomState | None], record: StepRecord) -> list[RandomState | None]:
+    def before(
+        self, recorded: list[RandomState | None], record: StepRecord
+    ) -> list[RandomState | None]:
         """The generators to restore before each micro-batch of an update."""
         if recorded[0] is None and record.drew_randomness:
             return [self._continued, *recorded[1:]]
@@ -62,7 +64,7 @@ class Randomness:
 
 
 @contextmanager
-def session(run: Run, problem: Problem) -> Iterator[Engine]:
+def session(run: Run, problem: Problem) -> Generator[Engine]:
     """An engine on the problem's module under the run's recorded settings; all restored after.
 
     Raises:
@@ -80,7 +82,7 @@ def session(run: Run, problem: Problem) -> Iterator[Engine]:
         yield engine
 
 
-def forward(run: Run, engine: Engine, start: int, stop: int) -> Iterator[Transition]:
+def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transition]:
     """Execute the observed updates [start, stop) from the nearest kept state, yielding each.
 
     Between two updates the consumer may draw random numbers and call the module, but must leave
@@ -118,7 +120,9 @@ def backward(run: Run, engine: Engine, start: int = 0) -> Iterator[Transition]:
         yield from reversed(list(forward(run, engine, low, high)))
 
 
-def check_step(run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness) -> None:
+def check_step(
+    run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness
+) -> None:
     """Raise unless ``after`` is what the record says followed update k, bit for bit."""
     digests = after.step_digests()
     if digest.combine(digests) == record.digest:
@@ -132,16 +136,22 @@ def check_step(run: Run, engine: Engine, record: StepRecord, after: State, rando
     because = (
         f"This process differs from the recording one ({'; '.join(drift)})."
         if drift
-        else "Usual causes: a loss or data pipeline that is not the recorded one, an undeclared "
-        "clip_grad_norm_, weights edited between updates, or randomness drawn elsewhere."
+        else (
+            "Usual causes: a loss or data pipeline that is not the recorded one, an undeclared "
+            "clip_grad_norm_, weights edited between updates, or randomness drawn elsewhere."
+        )
     )
     raise IntegrityError(
-        f"update {record.index} of {run.path} does not reproduce: the replay differs from the "
-        f"record in {shown or 'its set of tensors'}{_how_much(run, engine, record, after, randomness)}. {because}"
+        f"update {record.index} of {run.path} does not reproduce: the replay differs from the"
+        " record in"
+        f" {shown or 'its set of tensors'}{_how_much(run, engine, record, after, randomness)}."
+        f" {because}"
     )
 
 
-def _how_much(run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness) -> str:
+def _how_much(
+    run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness
+) -> str:
     """The largest difference, measured where the record keeps values: at the next kept state."""
     kept = next((k for k in run.kept_states if k > record.index), None)
     if kept is None:

@@ -1,9 +1,9 @@
 """Writes a run folder from a thread of its own, so that hashing and disk overlap with training.
 
-    culpa.json                    the manifest, replaced whole
-    log.sqlite                    steps, stages, layouts, hyperparameters, generators (log.py)
-    examples.pack                 the bytes of every distinct row of every batch, end to end
-    states/000000042.safetensors  a kept state s_42; states/frozen.safetensors what never trains
+culpa.json                    the manifest, replaced whole
+log.sqlite                    steps, stages, layouts, hyperparameters, generators (log.py)
+examples.pack                 the bytes of every distinct row of every batch, end to end
+states/000000042.safetensors  a kept state s_42; states/frozen.safetensors what never trains
 """
 
 from __future__ import annotations
@@ -16,37 +16,42 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from culpa.errors import StoreError
 from culpa.trajectory import digest, log
 from culpa.trajectory.batches import EncodedBatch
+from culpa.trajectory.chain import (
+    ChainedMicroBatch,
+    StepDetail,
+    StoredMicroBatch,
+    link_content,
+    root_digest,
+    row_digest,
+)
 from culpa.trajectory.checkpoints import CheckpointPolicy
 from culpa.trajectory.files import write_durably
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import Manifest, OptimizerSpec, Stage
 from culpa.trajectory.state import State
 
-MANIFEST, LOG, PACK, STATES, FROZEN = "culpa.json", "log.sqlite", "examples.pack", "states", "frozen"
+MANIFEST, LOG, PACK, STATES, FROZEN = (
+    "culpa.json",
+    "log.sqlite",
+    "examples.pack",
+    "states",
+    "frozen",
+)
 COMMIT_SECONDS = 2.0
 """A crash loses at most the updates of so many seconds."""
 QUEUE_BYTES = 256 * 2**20
 """At most about so many bytes of copies wait for the disk before training waits for it."""
-
-
-class StepDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """The small facts of an update that are neither data nor hyperparameters."""
-
-    weights: tuple[float, ...] | None
-    clip_grad_norm: float | None
-    reset: bool
-    drew_randomness: bool
-    evaluating: tuple[str, ...]
-    without_gradient: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,41 +72,17 @@ def state_file(folder: Path, index: int) -> Path:
     return folder / STATES / f"{index:09d}.safetensors"
 
 
-def link_content(
-    index: int,
-    optimizer: bytes,
-    hypers: bytes,
-    batches: Sequence[tuple[bytes, Sequence[bytes], bytes | None]],
-    detail: bytes,
-    step: bytes,
-    fingerprints: bytes,
-) -> bytes:
-    """What a step's link of the hash chain covers: everything that its row says, by content.
-
-    ``batches``: per micro-batch the layout's JSON, the digests of its rows and of its generators.
-    """
-    listed = [[layout, list(rows), random] for layout, rows, random in batches]
-    return msgspec.msgpack.encode([index, optimizer, hypers, listed, detail, step, fingerprints])
-
-
-def row_digest(layout: bytes, row: memoryview | bytes) -> bytes:
-    """The content address of one row: ``BLAKE3(BLAKE3(layout JSON) || row bytes)``."""
-    return blake3(blake3(layout).digest()).update(row).digest()
-
-
-def root_digest(
-    manifest: Manifest, link: bytes, stages: Sequence[Stage], states: Sequence[tuple[int, bytes]], frozen: bytes
-) -> str:
-    """The one number that stands for a complete run, in hexadecimal."""
-    facts = [manifest.format, manifest.environment, manifest.parameters, manifest.buffers]
-    content = [facts, list(manifest.frozen), list(stages), [list(s) for s in states], frozen]
-    return digest.chain(link, msgspec.msgpack.encode(content, order="sorted")).hex()
-
-
 class Writer:
-    """Owns the files of one recording. ``submit`` returns at once; errors surface at the next call."""
+    """Owns the files of one recording. ``submit`` returns at once; errors surface later."""
 
-    def __init__(self, folder: Path, manifest: Manifest, initial: State, frozen: State, policy: CheckpointPolicy) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        initial: State,
+        frozen: State,
+        policy: CheckpointPolicy,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.policy = policy
@@ -109,7 +90,9 @@ class Writer:
         self.kept: dict[int, bytes] = {}
         self._stages: list[Stage] = []
         self._link = bytes(digest.DIGEST_BYTES)
-        self._ids: dict[str, dict[bytes, int]] = {t: {} for t in ("layout", "optimizer", "hypers", "example")}
+        self._ids: dict[str, dict[bytes, int]] = {
+            t: {} for t in ("layout", "optimizer", "hypers", "example")
+        }
         self._layout_digests: dict[bytes, bytes] = {}
         self._frozen = frozen.digest()
         self._num_steps = 0
@@ -153,7 +136,9 @@ class Writer:
             with self._pack as pack:
                 _flush(pack)
             for stage in self._stages:
-                self._log.execute("INSERT INTO stage VALUES (?, ?, ?)", (stage.name, stage.start, stage.stop))
+                self._log.execute(
+                    "INSERT INTO stage VALUES (?, ?, ?)", (stage.name, stage.start, stage.stop)
+                )
             log.close(self._log)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot finish the run in {self.folder}: {error}.") from error
@@ -166,7 +151,9 @@ class Writer:
             plain_seconds=plain_seconds,
             root_digest=root_digest(self.manifest, self._link, self._stages, states, self._frozen),
         )
-        write_durably(self.folder / MANIFEST, msgspec.json.format(msgspec.json.encode(self.manifest)))
+        write_durably(
+            self.folder / MANIFEST, msgspec.json.format(msgspec.json.encode(self.manifest))
+        )
 
     def _run(self) -> None:
         while (commit := self._queue.get()) is not None:
@@ -183,15 +170,19 @@ class Writer:
         fingerprints = b"".join(d[: digest.FINGERPRINT_BYTES] for d in digests)
         optimizer = msgspec.json.encode(commit.optimizer)
         detail = msgspec.json.encode(commit.detail)
-        stored: list[tuple[int, bytes, int | None]] = []
-        chained: list[tuple[bytes, Sequence[bytes], bytes | None]] = []
+        stored: list[StoredMicroBatch] = []
+        chained: list[ChainedMicroBatch] = []
         for batch, random in commit.batches:
             layout = batch.layout.encode()
             ids, row_digests = self._examples(layout, batch)
             encoded = random.encode() if random is not None else None
-            stored.append((self._id("layout", layout), ids.tobytes(), self._random(encoded)))
-            chained.append((layout, row_digests, blake3(encoded).digest() if encoded else None))
-        content = link_content(commit.index, optimizer, commit.hypers, chained, detail, step, fingerprints)
+            number = self._id("layout", layout)
+            stored.append((number, ids.tobytes(), self._random(encoded), batch.placements))
+            random_digest = blake3(encoded).digest() if encoded else None
+            chained.append((layout, row_digests, random_digest, batch.placements))
+        content = link_content(
+            commit.index, optimizer, commit.hypers, chained, detail, step, fingerprints
+        )
         self._link = digest.chain(self._link, content)
         self._log.execute(
             "INSERT INTO step VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -212,7 +203,9 @@ class Writer:
         if time.monotonic() - self._last_commit > COMMIT_SECONDS:
             self._commit()
 
-    def _examples(self, layout: bytes, batch: EncodedBatch) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint32]], list[bytes]]:
+    def _examples(
+        self, layout: bytes, batch: EncodedBatch
+    ) -> tuple[npt.NDArray[np.uint32], list[bytes]]:
         """The ids of a batch's rows, new rows appended to the pack."""
         known, row_digests = self._ids["example"], list[bytes]()
         ids = np.empty(len(batch.rows), dtype="<u4")
@@ -221,7 +214,13 @@ class Writer:
             row_digests.append(found)
             if found not in known:
                 known[found] = len(known)
-                values = (known[found], found, self._id("layout", layout), self._pack.tell(), row.nbytes)
+                values = (
+                    known[found],
+                    found,
+                    self._id("layout", layout),
+                    self._pack.tell(),
+                    row.nbytes,
+                )
                 self._log.execute("INSERT INTO example VALUES (?, ?, ?, ?, ?)", values)
                 self._pack.write(row.data)
             ids[at] = known[found]
@@ -260,7 +259,6 @@ class Writer:
         self._last_commit = time.monotonic()
 
 
-def _flush(pack: object) -> None:
-    file = pack
-    file.flush()  # type: ignore[attr-defined]
-    os.fsync(file.fileno())  # type: ignore[attr-defined]
+def _flush(pack: BufferedWriter) -> None:
+    pack.flush()
+    os.fsync(pack.fileno())

@@ -33,7 +33,7 @@ from oracles.problems import (
 )
 from oracles.recipes import DECAYING, TWINS, adamw, sgd
 from oracles.recording import record
-from oracles.retrain import Plan, parameters_of, retrain, set_rates, true_effects
+from oracles.retrain import Plan, parameters_of, retrain, set_groups, true_effects
 
 BOUND = 1e-8
 RATES = [rates[0] for rates in DECAYING]
@@ -71,7 +71,7 @@ def micro_batched(path: Path, plan: Plan, weights: list[float] | None, explicit:
             with recorder.stage(name):
                 if explicit:
                     for k in range(start, stop):
-                        set_rates(optimizer, plan.rates[k])
+                        set_groups(plan, k, optimizer)
                         optimizer.zero_grad()
                         with recorder.step(*plan.batches[k], weights=weights):
                             for share, micro in zip(shares, plan.batches[k], strict=True):
@@ -82,7 +82,7 @@ def micro_batched(path: Path, plan: Plan, weights: list[float] | None, explicit:
                     for at, micro in enumerate(recorder.batches(pieces)):
                         (cross_entropy(model, micro) / 2).backward()
                         if at % 2:
-                            set_rates(optimizer, plan.rates[start + at // 2])
+                            set_groups(plan, start + at // 2, optimizer)
                             optimizer.step()
                             optimizer.zero_grad()
     return culpa.open_run(path), problem, model
@@ -290,12 +290,61 @@ def test_a_loop_without_stages_is_one(tmp_path: Path) -> None:
     assert float(scores.stages[0, 0]) == pytest.approx(float(scores.steps.sum()), rel=1e-12)
 
 
+def test_momentum_and_decay_changed_by_the_loop(tmp_path: Path) -> None:
+    # The paper's figure 3 (h, i): the second stage has another momentum and weight decay.
+    plan = replace(
+        affine({0: sgd(momentum=0.9, weight_decay=0.01)}, DECAYING),
+        options={5: {"momentum": 0.3}, 9: {"weight_decay": 0.5, "nesterov": True}},
+    )
+    recorded = record(plan, tmp_path / "run")
+    end = retrain(plan).parameters
+    assert_bitwise(recorded.run.final_state(), end)
+    block = culpa.embed(recorded.run, recorded.problem)
+    for stage, start, stop in plan.stages:
+        without = retrain(plan, range(start, stop)).parameters
+        found = culpa.replay(recorded.run, recorded.problem, without=stage)
+        assert_bitwise(found.state, without)
+        assert_tree_close(block[stage], difference(end, without), 1e-9)
+    sums = culpa.Behaviour("sums", parameter_sums, None, unit="1")
+    scores = culpa.attribute(recorded.run, recorded.problem, [sums])
+    truth = true_effects(plan, [[k] for k in range(12)], parameter_sums, None).mean(1)
+    assert_close(scores.steps[:, 0], truth, 1e-9)
+
+
+def test_which_states_are_kept_changes_no_score(tmp_path: Path) -> None:
+    plan = smooth({0: adamw(weight_decay=0.1), 5: sgd(momentum=0.9)}, DECAYING)
+    found = []
+    for policy in (None, culpa.Every(1), culpa.Every(5), culpa.Every(100)):
+        recorded = record(plan, tmp_path / str(len(found)), checkpoints=policy)
+        scores = culpa.attribute(recorded.run, recorded.problem, [right()], examples=True)
+        block = culpa.embed(recorded.run, recorded.problem)
+        replayed = culpa.replay(recorded.run, recorded.problem, without=[6]).state
+        found.append((scores.steps, scores.examples, dict(block["first"]), replayed))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+def test_a_surrounding_no_grad_changes_nothing(tmp_path: Path) -> None:
+    plan = smooth({0: adamw(weight_decay=0.1)}, DECAYING)
+    recorded = record(plan, tmp_path / "run")
+
+    def everything() -> tuple[Tensor, Tensor, Tensor]:
+        steps = culpa.attribute(recorded.run, recorded.problem, [right()]).steps
+        effect = culpa.embed(recorded.run, recorded.problem).effect(right())
+        truth = culpa.replay(recorded.run, recorded.problem, without="first").effect(right())
+        return steps, effect, truth
+
+    with torch.no_grad():
+        inside = everything()
+    torch.testing.assert_close(inside, everything(), rtol=0, atol=0)
+
+
 def test_trust_measures_the_growth_of_the_adjoint(tmp_path: Path) -> None:
     build, rule = TWINS["momentum-decay"]
-    plan = smooth({0: build}, [(1.5,)] * 12)  # a rate at which training amplifies
+    plan = smooth({0: build}, [(3.0,)] * 12)  # a rate at which training amplifies
     recorded = record(plan, tmp_path / "run")
     scores = culpa.attribute(recorded.run, recorded.problem, [right()])
-    trace = unrolled.unroll(plan.model(), plan.loss, plan.batches, [1.5] * 12, {0: rule})
+    trace = unrolled.unroll(plan.model(), plan.loss, plan.batches, [3.0] * 12, {0: rule})
     growth = torch.tensor([trust.growth for trust in scores.trust], dtype=torch.float64)
     expected = unrolled.growths(trace, log_likelihoods, held_out())
     torch.testing.assert_close(growth, expected, rtol=1e-6, atol=1e-9)
@@ -308,8 +357,8 @@ def test_trust_measures_the_growth_of_the_adjoint(tmp_path: Path) -> None:
     assert grades[worst] == "not identified"
     sizes = [
         float(
-            torch.cat([(a[0][n] - b[0][n]).reshape(-1) for n in a[0]]).norm()
-            / torch.cat([p.reshape(-1) for p in b[0].values()]).norm()
+            torch.cat([(a[0][n] - b[0][n]).detach().reshape(-1) for n in a[0]]).norm()
+            / torch.cat([p.detach().reshape(-1) for p in b[0].values()]).norm()
         )
         for b, a in zip(trace.before, trace.after, strict=True)
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 import culpa
-from oracles.retrain import Plan, set_rates
+from oracles.retrain import Plan, set_groups
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def record(plan: Plan, path: Path, **options: Any) -> Recorded:
                 replaced = {"optimizer": optimizer}
             with recorder.stage(name, **replaced):
                 for k, batch in enumerate(recorder.batches(plan.batches[start:stop]), start):
-                    set_rates(optimizer, plan.rates[k])
+                    set_groups(plan, k, optimizer)
                     optimizer.zero_grad()
                     plan.loss(model, batch).backward()
                     if plan.clip_grad_norm is not None:

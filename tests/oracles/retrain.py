@@ -15,7 +15,7 @@ Nothing of the library is imported here.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ class Plan:
 
     ``optimizers[k]`` builds the optimizer used from update ``k`` on (key 0 is required);
     ``rates[k]`` holds one learning rate per parameter group of update ``k``;
+    ``options[k]`` are hyperparameters that the loop writes into all groups from update ``k`` on;
     ``stages`` are ``(name, start, stop)``, updates ``[start, stop)``.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     stages: Sequence[tuple[str, int, int]]
     example_losses: Loss | None = None
     clip_grad_norm: float | None = None
+    options: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert 0 in self.optimizers
@@ -80,10 +82,13 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_buffers()}
 
 
-def set_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
-    """Write one learning rate per parameter group."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+def set_groups(plan: Plan, k: int, optimizer: Optimizer) -> None:
+    """Write the learning rates of update k, and the options in force at it, into the groups."""
+    for group, rate in zip(optimizer.param_groups, plan.rates[k], strict=True):
         group["lr"] = rate
+        for start in sorted(plan.options):
+            if start <= k:
+                group.update(plan.options[start])
 
 
 def retrain(
@@ -116,7 +121,7 @@ def retrain(
         else:
             if stale:
                 optimizer, stale = build(model), False
-            set_rates(optimizer, plan.rates[k])
+            set_groups(plan, k, optimizer)
             optimizer.zero_grad()
             if k in removed:
                 for parameter in model.parameters():

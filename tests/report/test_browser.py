@@ -94,7 +94,7 @@ def test_every_chart_is_drawn_and_the_console_is_silent(
         assert behaviour.name in described.attributes["aria-label"]
         drawn = labels(page, f"bars-{q}")
         assert all(stage.name in drawn for stage in record.stages)
-        assert f"effect on {behaviour.name} [{behaviour.unit}]> 0: the stage raised it" in drawn
+        assert f"effect on {behaviour.name} [{behaviour.unit}]; > 0: the stage raised it" in drawn
         assert marks(page, f"bars-{q}", "rect") >= len(record.stages)
     assert marks(page, "strip-0", "rule") == record.run.num_steps + 1  # and the zero line
     assert all(stage.name in labels(page, "strip-0") for stage in record.stages)

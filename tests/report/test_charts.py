@@ -104,10 +104,9 @@ def test_bars_show_estimate_score_and_truth() -> None:
     assert [(r["sign"], r["g"]) for r in rows] == [("raised", 0), ("lowered", 1)]
     assert [r["label"] for r in rows] == ["+0.250", "−0.500"]
     assert [r["replayed_text"] for r in rows] == ["+0.200", "not replayed"]
-    titles = [
-        v for path, v in every_item(drawing.spec) if path[-1:] == ("title",) and isinstance(v, list)
-    ]
-    assert titles == [["effect on clean digits [nats]", "> 0: the stage raised it"]]
+    params = {param["name"]: param["value"] for param in drawing.spec["params"] if "value" in param}
+    assert params["two_lines"] == ["effect on clean digits [nats]", "> 0: the stage raised it"]
+    assert params["one_line"] == ["effect on clean digits [nats]; > 0: the stage raised it"]
     assert drawing.left_out == ""
     assert drawing.spec["description"] == "words"
 
@@ -136,7 +135,7 @@ def test_strip_shows_every_update_given() -> None:
     assert "cross on the zero line: 1." in drawing.left_out
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(st.lists(st.tuples(maybe_finite, maybe_finite), min_size=1, max_size=6))
 def test_every_drawing_is_json(numbers: list[tuple[float | None, float | None]]) -> None:
     bars = [bar(a, "not identified", score=b, replayed=b) for a, b in numbers]

@@ -15,6 +15,7 @@ from culpa.report.numbers import (
     duration,
     finite,
     magnitude,
+    moment,
     plural,
     signed,
     visible,
@@ -114,3 +115,17 @@ def test_what_is_seen_stays(text: str) -> None:
 def test_visible_everywhere_reaches_keys_and_leaves_numbers() -> None:
     given_ = {"a\x00": ["b\x00", {"c": ("d\x00", 1, None, 2.5)}]}
     assert visible_everywhere(given_) == {"a\ufffd": ["b\ufffd", {"c": ["d\ufffd", 1, None, 2.5]}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("2026-01-05T20:14:09Z", "2026-01-05 20:14 UTC"),
+        ("2026-01-05T20:14:09+02:00", "2026-01-05 18:14 UTC"),
+        ("2026-01-05T20:14:09", "2026-01-05T20:14:09"),
+        ("0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00+14:00"),
+        ("yesterday", "yesterday"),
+    ],
+)
+def test_moment(text: str, shown: str) -> None:
+    assert moment(text) == shown

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +41,7 @@ from oracles.retrain import (
     buffers_of,
     parameters_of,
     retrain,
+    set_groups,
 )
 
 
@@ -88,6 +92,22 @@ class Tied(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.decoder(self.middle(self.encoder(inputs)))
+
+
+class FrozenStatistics(nn.Module):
+    """Fine-tuning as it is done: batch norm stays in evaluation mode, whatever train() says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = batchnorm_net()
+
+    def train(self, mode: bool = True) -> FrozenStatistics:
+        super().train(mode)
+        self.net[1].eval()  # type: ignore[index]
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
 
 
 def sgd_(model: nn.Module) -> Optimizer:
@@ -171,6 +191,7 @@ LIVE: dict[str, Live] = {
     "plain": Live(),
     "dropout": Live(net=dropout_net, epochs=2),
     "batchnorm": Live(net=batchnorm_net, epochs=2),
+    "frozen-statistics": Live(net=FrozenStatistics, epochs=2, evaluate=True),
     "adamw": Live(optimizer=adamw_, epochs=2),
     "adam": Live(optimizer=adam(weight_decay=0.01)),
     "amsgrad": Live(optimizer=adamw(amsgrad=True)),
@@ -450,6 +471,41 @@ def test_where_the_run_restarted_skip_is_restart(name: str, tmp_path: Path) -> N
         assert_bitwise(skip.state, retrain(plan, range(start, stop)).parameters)
 
 
+def test_a_loop_that_clears_its_optimizer_at_the_boundary(tmp_path: Path) -> None:
+    # One optimizer object, forgotten state: the multi-stage pipeline of the paper's E.1.
+    build = adamw(weight_decay=0.1)
+    plan = net_plan(plain_net, {0: build, 5: build, 9: build})
+    model = plan.model()
+    optimizer = build(model)
+    with culpa.record(tmp_path / "run", culpa.Problem(model, plan.loss), optimizer) as recorder:
+        for name, start, stop in plan.stages:
+            optimizer.state.clear()
+            with recorder.stage(name):
+                for k, batch in enumerate(recorder.batches(plan.batches[start:stop]), start):
+                    set_groups(plan, k, optimizer)
+                    optimizer.zero_grad()
+                    plan.loss(model, batch).backward()
+                    optimizer.step()
+    run = culpa.open_run(tmp_path / "run")
+    problem = culpa.Problem(plan.model(), plan.loss)
+    assert_bitwise(culpa.replay(run, problem).state, parameters_of(model))
+    for stage, start, stop in plan.stages:
+        for counterfactual in ("skip", "restart"):
+            found = culpa.replay(run, problem, without=stage, counterfactual=counterfactual)
+            assert_bitwise(found.state, retrain(plan, range(start, stop)).parameters)
+
+
+def test_another_number_of_threads_is_set_back(tmp_path: Path) -> None:
+    recorded = record(PLANS["adamw"], tmp_path / "run")
+    torch.set_num_threads(2)
+    try:
+        found = culpa.replay(recorded.run, recorded.problem)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert_bitwise(found.state, recorded.run.final_state())
+
+
 def test_the_true_effect(tmp_path: Path) -> None:
     plan = PLANS["batchnorm"]
     recorded = record(plan, tmp_path / "run")
@@ -470,6 +526,8 @@ def test_the_true_effect(tmp_path: Path) -> None:
 # The model is only borrowed
 
 
+# Not Python's own generator: the annotation checker that tests run under draws from it. See
+# test_pythons_generator_is_left_as_it_was.
 def photograph(model: nn.Module) -> dict[str, Any]:
     named = [*model.named_parameters(), *model.named_buffers()]
     return {
@@ -484,7 +542,6 @@ def photograph(model: nn.Module) -> dict[str, Any]:
         },
         "modes": {n: m.training for n, m in model.named_modules()},
         "torch": torch.get_rng_state(),
-        "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002
         "grad": torch.is_grad_enabled(),
         "threads": torch.get_num_threads(),
@@ -554,6 +611,68 @@ def test_the_model_is_left_as_it_was(kind: str, tmp_path: Path) -> None:
     for call in calls(kind):
         call(run, problem, behaviour)
         assert_same(dict(before), photograph(model))
+
+
+UNCHECKED = """
+import random, sys
+import culpa
+from oracles.problems import held_out, log_likelihoods, smooth
+from oracles.recipes import DECAYING, adamw
+from oracles.recording import record
+from pathlib import Path
+
+random.seed(5)
+expected = random.getstate()
+recorded = record(smooth({0: adamw()}, DECAYING), Path(sys.argv[1]))
+assert random.getstate() == expected, "record"
+b = culpa.log_likelihood("right", held_out())
+run, problem = recorded.run, recorded.problem
+culpa.replay(run, problem, without="first").effect(b)
+assert random.getstate() == expected, "replay"
+culpa.attribute(run, problem, [b])
+assert random.getstate() == expected, "attribute"
+culpa.embed(run, problem).effect(b)
+assert random.getstate() == expected, "embed"
+"""
+
+
+def test_pythons_generator_is_left_as_it_was(tmp_path: Path) -> None:
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", UNCHECKED, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_behaviour_that_draws_numbers_leaves_the_generators_as_they_were(
+    tmp_path: Path,
+) -> None:
+    recorded = record(PLANS["adamw"], tmp_path / "run")
+    run, problem = recorded.run, recorded.problem
+    inputs, targets = held_out()
+
+    def sampled(model: nn.Module, _: Any) -> Tensor:
+        noisy = inputs.float() + 0.01 * torch.randn(inputs.shape)
+        return log_likelihoods(model, (noisy, targets))
+
+    behaviour = culpa.Behaviour("sampled", sampled, None)
+    calls_of: dict[str, Callable[[], object]] = {
+        "attribute": lambda: culpa.attribute(run, problem, [behaviour]),
+        "score": lambda: culpa.embed(run, problem).score(behaviour),
+        "effect": lambda: culpa.embed(run, problem).effect(behaviour),
+        "replay": lambda: culpa.replay(run, problem, without="first").effect(behaviour),
+    }
+    disturbed_by = []
+    for name, call in calls_of.items():
+        before = torch.get_rng_state()
+        call()
+        if not torch.equal(before, torch.get_rng_state()):
+            disturbed_by.append(name)
+    assert disturbed_by == []
 
 
 def test_the_model_is_left_as_it_was_when_a_behaviour_fails(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from culpa.errors import UnsupportedError
 from culpa.tree import Tree
 
 RELATIVE_STEP = 1e-3
-"""Of the finite difference, in units of ||theta|| / ||v||: above roundoff, below curvature's change."""
+"""Of the finite difference, in units of ||theta|| / ||v||: between roundoff and curvature."""
 
 
 def reverse_over_reverse(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
@@ -24,7 +24,11 @@ def reverse_over_reverse(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) ->
     inputs = list(leaves.values())
     with torch.enable_grad(), differentiable_twice():
         grads = torch.autograd.grad(
-            local.value(leaves), inputs, create_graph=True, allow_unused=True, materialize_grads=True
+            local.value(leaves),
+            inputs,
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
         attached = [(g, name) for g, name in zip(grads, leaves, strict=True) if g.requires_grad]
         if not attached:  # a loss that is linear in the parameters
@@ -87,6 +91,6 @@ def products(local: LocalLoss, at: Tree, vectors: Sequence[Tree], strategy: str)
         if "not implemented" not in str(error) and "does not support" not in str(error):
             raise
         raise UnsupportedError(
-            f"Hessian products by {strategy} need a derivative that this model lacks ({error}). Use "
-            "culpa.Exact(hvp='finite-difference'), which needs first derivatives only."
+            f"Hessian products by {strategy} need a derivative that this model lacks ({error}). Use"
+            " culpa.Exact(hvp='finite-difference'), which needs first derivatives only."
         ) from error

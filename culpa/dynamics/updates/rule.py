@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ TensorSlots = Mapping[str, Tensor]
 """The slots of one parameter: slot name -> tensor. A slot that is absent is zero."""
 
 
+@runtime_checkable
 class Linearised(Protocol):
     """The derivative of one parameter's update at one observed state.
 

@@ -11,6 +11,7 @@ from culpa.report.charts.theme import (
     AUTOSIZE,
     SIGNED_LABEL,
     Drawing,
+    axis_words,
     by_width,
     config,
     grade_opacity,
@@ -52,7 +53,7 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
     ends = domain(
         [values[key] for values in rows for key in ("effect", "score", "replayed")], limit
     )
-    title = [f"effect on {behaviour} [{unit}]", "> 0: the stage raised it"]
+    meaning = (f"effect on {behaviour} [{unit}]", "> 0: the stage raised it")
     base = alt.Chart(alt.NamedData("stages")).encode(
         y=alt.Y(
             "i:O", title=None, axis=_name_axis(alt), scale=alt.Scale(domain=list(range(len(bars))))
@@ -72,11 +73,9 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
         grid=True,
         labelExpr=SIGNED_LABEL,
         tickCount=alt.expr("max(3, floor(width / 80))"),
-        titleAnchor="start",
-        titleLimit=alt.expr("width + 70"),
     )
     scale = alt.Scale(domain=ends, nice=False)
-    effect = base.encode(x=alt.X("effect:Q", title=title, axis=axis, scale=scale))
+    effect = base.encode(x=alt.X("effect:Q", title=None, axis=axis, scale=scale))
     bar = effect.mark_bar(height=row // 2, aria=False, strokeWidth=1.25).encode(
         color=sign_colour(alt), stroke=sign_colour(alt), fillOpacity=grade_opacity(alt)
     )
@@ -116,13 +115,14 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
     )
     layers = alt.layer(zero.encode(x=alt.datum(0)), bar, halo, tick, off, diamond, label)
     spec = (
-        layers.add_params(alt.param(name="names", value=[bar.stage for bar in bars]))
+        axis_words(alt, layers, *meaning, orient="bottom")
+        .add_params(alt.param(name="names", value=[bar.stage for bar in bars]))
         .properties(
             autosize=AUTOSIZE,
             width="container",
             height=row * len(bars),
             description=description,
-            padding={"left": 0, "right": 76, "top": 4, "bottom": 4},
+            padding={"left": 0, "right": 4, "top": 4, "bottom": 4},
         )
         .configure(**config())
         .to_dict()

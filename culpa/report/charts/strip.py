@@ -11,6 +11,7 @@ from culpa.report.charts.theme import (
     AUTOSIZE,
     SIGNED_LABEL,
     Drawing,
+    axis_words,
     config,
     grade_opacity,
     import_altair,
@@ -141,22 +142,15 @@ def update_strip(
         .encode(y=alt.datum(0), color=alt.value("var(--ink)"))
         .mark_point(shape="cross", angle=45, size=60, filled=True, aria=False, clip=True)
     )
-    what, sign = f"effect on {behaviour} [{unit}]", "> 0: the update raised it"
+    meaning = (f"effect on {behaviour} [{unit}]", "> 0: the update raised it")
+    layers = alt.layer(shade, zero.encode(y=alt.datum(0)), stem.add_params(zoom), off, lost, name)
     spec = (
-        alt.layer(shade, zero.encode(y=alt.datum(0)), stem.add_params(zoom), off, lost, name)
-        .add_params(
-            alt.param(name="one_line", value=[f"{what}; {sign}"]),
-            alt.param(name="two_lines", value=[what, sign]),
-        )
+        axis_words(alt, layers, *meaning, orient="top")
         .properties(
             autosize=AUTOSIZE,
             width="container",
             height=HEIGHT,
             description=description,
-            title=alt.TitleParams(
-                text=alt.expr("containerSize()[0] < 520 ? two_lines : one_line"),
-                limit=alt.expr("containerSize()[0]"),
-            ),
             padding={"left": 0, "right": 8, "top": 4, "bottom": 4},
         )
         .configure(**config())

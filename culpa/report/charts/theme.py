@@ -49,6 +49,24 @@ def by_width(narrow: int, wide: int) -> str:
     return f"containerSize()[0] < 520 ? {narrow} : {wide}"
 
 
+def axis_words(alt: Any, chart: Any, what: str, sign: str, *, orient: str) -> Any:
+    """``chart`` with what its number axis means in words: one line, or two where it is narrow.
+
+    A title of the axis itself would be cut at the end of a short axis or squeeze the plot.
+    """
+    return chart.add_params(
+        alt.param(name="one_line", value=[f"{what}; {sign}"]),
+        alt.param(name="two_lines", value=[what, sign]),
+    ).properties(
+        title=alt.TitleParams(
+            text=alt.expr("containerSize()[0] < 520 ? two_lines : one_line"),
+            limit=alt.expr("containerSize()[0]"),
+            orient=orient,
+            offset=12 if orient == "bottom" else 8,
+        )
+    )
+
+
 def sign_colour(alt: Any) -> Any:
     """Colour by the field ``sign``: blue raised, orange lowered, apart for any colour vision."""
     scale = alt.Scale(domain=["raised", "lowered"], range=["var(--raise)", "var(--lower)"])
@@ -73,7 +91,6 @@ def config() -> dict[str, Any]:
         "titleFontSize": 11.5,
         "titleFontWeight": "normal",
         "titlePadding": 10,
-        "titleLineHeight": 16,
     }
     title = {
         "color": "var(--muted)",
@@ -82,6 +99,7 @@ def config() -> dict[str, Any]:
         "anchor": "start",
         "frame": "bounds",
         "offset": 8,
+        "lineHeight": 16,
     }
     return {
         "background": "transparent",

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 import culpa
-from culpa.errors import CulpaError, OptionError
-
-if TYPE_CHECKING:
-    from culpa.behaviour import Behaviour
-    from culpa.problem import Problem
+from culpa.cli.problem import load_problem
+from culpa.cli.progress import shown
+from culpa.errors import CulpaError
 
 app = typer.Typer(
     help="Which stage of training is to be credited or blamed for what a model does.",
@@ -37,47 +30,23 @@ ProblemName = Annotated[
     typer.Option(
         "--problem",
         metavar="MODULE:FUNCTION",
-        help="A function without arguments that returns (problem, behaviours); found like an import "
-        "from the current folder.",
+        help=(
+            "A function without arguments that returns (problem, behaviours); found like an import "
+            "from the current folder."
+        ),
     ),
 ]
 Removal = Annotated[
-    str, typer.Option(help="What 'without' means: skip, restart or zero-gradient.", metavar="MEANING")
+    str,
+    typer.Option(help="What 'without' means: skip, restart or zero-gradient.", metavar="MEANING"),
 ]
-
-
-class RichProgress:
-    """Shows the library's progress as a bar on standard error."""
-
-    def __init__(self, bars: Bars) -> None:
-        self.bars = bars
-        self.task: TaskID | None = None
-
-    def start(self, what: str, total: int) -> None:
-        """See ``culpa.progress``."""
-        self.task = self.bars.add_task(what, total=total)
-
-    def advance(self, units: int = 1) -> None:
-        """See ``culpa.progress``."""
-        if self.task is not None:
-            self.bars.advance(self.task, units)
-
-    def finish(self) -> None:
-        """See ``culpa.progress``."""
-        self.task = None
-
-
-@contextmanager
-def shown() -> Iterator[RichProgress]:
-    """Progress bars, where a person is there to see them."""
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        yield RichProgress(bars)
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the run and the report.")] = Path("culpa-demo"),
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for the run and the report.")
+    ] = Path("culpa-demo"),
     seed: Annotated[int, typer.Option(help="Of initial weights and shuffling.")] = 0,
     optimizer: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
     budget: Annotated[float, typer.Option(help="Trainings to spend on replays.")] = 1.0,
@@ -88,12 +57,17 @@ def demo(
     """
     from culpa.experiments.demo import train
 
-    with shown() as progress:
+    with shown(err) as progress:
         run, problem, behaviours = train(folder / "run", seed=seed, optimizer=optimizer)
-        out.print(f"Trained and recorded {run.num_steps} updates in {len(run.stages)} stages: {run.path}")
+        out.print(
+            f"Trained and recorded {run.num_steps} updates in {len(run.stages)} stages: {run.path}"
+        )
         audit = culpa.audit(run, problem, behaviours, budget=budget, progress=progress)
     _show(audit, folder)
-    out.print(f"Look again: culpa inspect {run.path}   Prove it: culpa verify {run.path} --problem culpa.experiments.demo:problem")
+    out.print(
+        f"Look again: culpa inspect {run.path}   Prove it: culpa verify {run.path} --problem"
+        " culpa.experiments.demo:problem"
+    )
 
 
 @app.command()
@@ -103,7 +77,8 @@ def audit(
     budget: Annotated[float, typer.Option(help="Trainings to spend on replays; 0: none.")] = 1.0,
     counterfactual: Removal = "skip",
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for audit.json and audit.html; default RUN-audit.")
+        Path | None,
+        typer.Option("--out", help="Folder for audit.json and audit.html; default RUN-audit."),
     ] = None,
 ) -> None:
     """Attribute behaviours to the stages and updates of a run, and replay the main ones.
@@ -112,7 +87,7 @@ def audit(
     """
     task, behaviours = load_problem(problem)
     run = culpa.open_run(path)
-    with shown() as progress:
+    with shown(err) as progress:
         found = culpa.audit(
             run, task, behaviours, budget=budget, counterfactual=counterfactual, progress=progress
         )
@@ -122,7 +97,9 @@ def audit(
 @app.command()
 def report(
     path: Annotated[Path, typer.Argument(metavar="AUDIT", help="The audit.json of an audit.")],
-    html: Annotated[Path | None, typer.Option(help="Where to write the page; default beside AUDIT.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Where to write the page; default beside AUDIT.")
+    ] = None,
 ) -> None:
     """Show an audit again, and write its HTML page.
 
@@ -148,30 +125,60 @@ def inspect(path: RunPath) -> None:
     for name, value in (
         ("Run", f"{run.path} ({run.manifest.status}, recorded {run.manifest.created})"),
         ("Updates", f"{run.num_steps} over {run.num_examples} distinct training examples"),
-        ("Model", f"{len(parameters)} parameter tensors, {len(run.manifest.frozen)} of them never trained"),
-        ("On disk", f"{run.bytes_on_disk / 1e6:.2f} MB, {states} of {run.num_steps + 1} states kept"),
+        (
+            "Model",
+            (
+                f"{len(parameters)} parameter tensors, {len(run.manifest.frozen)} of them never"
+                " trained"
+            ),
+        ),
+        (
+            "On disk",
+            f"{run.bytes_on_disk / 1e6:.2f} MB, {states} of {run.num_steps + 1} states kept",
+        ),
         ("Root digest", run.root_digest or "none: the run was not closed"),
-        ("Recorded with", ", ".join(f"{n} {run.manifest.environment.get(n)}" for n in ("torch", "python", "threads"))),
+        (
+            "Recorded with",
+            ", ".join(
+                f"{n} {run.manifest.environment.get(n)}" for n in ("torch", "python", "threads")
+            ),
+        ),
     ):
         facts.add_row(f"[bold]{name}", value)
     out.print(facts)
     table = Table("Stage", "Updates", "Optimizer", "Learning rate")
     for stage in run.stages:
         rates = [run.step(k).hypers[0]["lr"] for k in stage.updates]
-        spread = f"{rates[0]:g}" if min(rates) == max(rates) else f"{min(rates):g} to {max(rates):g}"
-        table.add_row(escape(stage.name), f"{stage.start} to {stage.stop - 1}", run.step(stage.start).optimizer.name, spread)
+        spread = (
+            f"{rates[0]:g}" if min(rates) == max(rates) else f"{min(rates):g} to {max(rates):g}"
+        )
+        table.add_row(
+            escape(stage.name),
+            f"{stage.start} to {stage.stop - 1}",
+            run.step(stage.start).optimizer.name,
+            spread,
+        )
     out.print(table)
 
 
 @app.command()
-def verify(path: RunPath, problem: Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Also execute every update again and compare bit for bit.")] = None) -> None:
+def verify(
+    path: RunPath,
+    problem: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Also execute every update again and compare bit for bit.",
+        ),
+    ] = None,
+) -> None:
     """Prove that a run is complete and unchanged; with --problem, that it reproduces.
 
     Example: culpa verify culpa-demo/run --problem culpa.experiments.demo:problem
     """
     run = culpa.open_run(path)
     task = load_problem(problem)[0] if problem else None
-    with shown() as progress:
+    with shown(err) as progress:
         run.verify(task, level="replay" if task else "digest", progress=progress)
     how = "every update executed again, bit for bit" if task else "every digest recomputed"
     out.print(f"{path} is intact ({how}).\nRoot digest {run.root_digest}")
@@ -183,45 +190,34 @@ def replay(
     problem: ProblemName,
     without: Annotated[list[str], typer.Option(help="A stage to leave out; may be repeated.")],
     counterfactual: Removal = "skip",
-    weights: Annotated[Path | None, typer.Option("--out", help="Write the model without it here (safetensors).")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--out", help="Write the model without it here (safetensors).")
+    ] = None,
 ) -> None:
     """Re-run history without a stage, and show what the behaviours would have been.
 
-    Example: culpa replay culpa-demo/run --problem culpa.experiments.demo:problem --without mislabelled
+    Example: culpa replay RUN --problem my_training:problem --without mislabelled
     """
     task, behaviours = load_problem(problem)
     run = culpa.open_run(path)
-    with shown() as progress:
-        found = culpa.replay(run, task, without=without, counterfactual=counterfactual, progress=progress)
+    with shown(err) as progress:
+        found = culpa.replay(
+            run, task, without=without, counterfactual=counterfactual, progress=progress
+        )
     table = Table("Behaviour", "True effect", "Unit")
     for behaviour in behaviours:
-        table.add_row(escape(behaviour.name), f"{float(found.effect(behaviour).mean()):+.4g}", behaviour.unit)
-    out.print(f"Without {escape(', '.join(without))} ({len(found.without)} updates; {found.updates_executed} executed again):")
+        table.add_row(
+            escape(behaviour.name), f"{float(found.effect(behaviour).mean()):+.4g}", behaviour.unit
+        )
+    out.print(
+        f"Without {escape(', '.join(without))} ({len(found.without)} updates;"
+        f" {found.updates_executed} executed again):"
+    )
     out.print(table)
     out.print("> 0: what was left out had raised the behaviour.")
     if weights is not None:
         found.save(weights)
         out.print(f"The model without it: {weights}")
-
-
-def load_problem(name: str) -> tuple[Problem, list[Behaviour]]:
-    """Call ``module:function``, which returns ``(problem, behaviours)``.
-
-    Raises:
-        OptionError: if there is no such function or it returns something else.
-    """
-    module, _, function = name.partition(":")
-    if not (module and function):
-        raise OptionError(f"--problem takes MODULE:FUNCTION, such as my_training:problem; got {name!r}.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the current folder, as `python -m` has it
-    try:
-        made: Any = getattr(importlib.import_module(module), function)()
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise OptionError(f"--problem {name}: {error}. It is looked up from the current folder.") from error
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], culpa.Problem)):  # pyright: ignore[reportUnknownArgumentType]
-        raise OptionError(f"--problem {name} must return (culpa.Problem, [culpa.Behaviour, ...]).")
-    return made  # pyright: ignore[reportUnknownVariableType]
 
 
 def _show(found: culpa.Audit, folder: Path) -> None:
@@ -251,7 +247,3 @@ def main() -> None:
     except CulpaError as error:
         err.print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from culpa.cli.app import main as main

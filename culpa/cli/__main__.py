@@ -1,0 +1,6 @@
+"""``python -m culpa.cli``."""
+
+from culpa.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""``culpa.embed``: one forward sweep that embeds stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from culpa import tree
+from culpa.dynamics.local import LocalLoss
+from culpa.dynamics.propagator import Exact, Propagator
+from culpa.dynamics.updates import rule_for
+from culpa.errors import OptionError, StageError, UnsupportedError
+from culpa.estimators.effects import refuse_running_statistics
+from culpa.estimators.embedding import StageEmbeddings, StageTrust
+from culpa.estimators.tangent import FORMS, probes
+from culpa.estimators.trust import grade_stage
+from culpa.problem import Problem
+from culpa.progress import Progress, Silent
+from culpa.trajectory.replay import check_counterfactual
+from culpa.trajectory.run import Run
+from culpa.trajectory.walk import forward, session
+from culpa.tree import Tree
+
+
+def embed(
+    run: Run,
+    problem: Problem,
+    *,
+    stages: Sequence[str] | None = None,
+    propagator: Propagator | None = None,
+    form: str = "block",
+    order: int = 1,
+    counterfactual: str = "skip",
+    progress: Progress | None = None,
+) -> StageEmbeddings:
+    """Embed stages: D_S ~ theta_K - theta_K(without S), one forward sweep for all of them.
+
+    Args:
+        run: the recorded run.
+        problem: the problem it was recorded with; its model is borrowed and left as it was.
+        stages: names; default all.
+        propagator: default ``Exact(at="midpoint")``: at practical learning rates the paper's
+            curvature, at the observed parameters, is the largest source of error.
+        form: ``"block"`` (the paper's Appendix B; more accurate and cheaper) or ``"additive"``
+            (Estimator 4.3).
+        order: 1.
+        counterfactual: see ``culpa.replay``.
+        progress: see ``culpa.progress``.
+
+    Returns:
+        The embeddings. Cost: one replay of the run from the first stage on and, per stage and
+        update after it, one Hessian product (2.5 gradients). Memory: per stage one displacement
+        and one optimizer state.
+
+    Raises:
+        StageError: an unknown stage, or none at all.
+        UnsupportedError: for an optimizer without a differentiable rule, for changing running
+            statistics, for models without second derivatives, and for ``order=2``.
+    """
+    check_counterfactual(counterfactual)
+    if form not in FORMS:
+        raise OptionError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
+    if order != 1:
+        raise UnsupportedError(f"order={order!r}: this version has first-order embeddings only.")
+    wanted = run.stages if stages is None else [run.stage(n) for n in dict.fromkeys(stages)]
+    if not wanted:
+        raise StageError(
+            f"no stage to embed: {run.path} has {len(run.stages)} and stages={stages!r}."
+        )
+    refuse_running_statistics(run, "culpa.embed")
+    wanted, chosen = sorted(wanted, key=lambda s: s.start), propagator or Exact(at="midpoint")
+    first, watch = wanted[0].start, progress or Silent()
+    carried = [FORMS[form](s, counterfactual) for s in wanted]
+    where = probes(wanted, run.num_steps)
+    watch.start("embed", run.num_steps - first)
+    try:
+        with session(run, problem) as engine:
+            for transition in forward(run, engine, first, run.num_steps):
+                rule, local = (
+                    rule_for(transition.record.optimizer.name),
+                    LocalLoss(problem, transition),
+                )
+                for one in carried:
+                    one.advance(
+                        rule, transition, local, chosen, transition.index in where[one.stage.name]
+                    )
+                watch.advance()
+    finally:
+        watch.finish()
+    final = run.final_state()
+    size = tree.norm(run.state(run.num_steps).params)
+    trust = {
+        one.stage.name: _trust(one.displacement, one.at_stage_end, one.residuals, size)
+        for one in carried
+    }
+    facts = {
+        "form": form,
+        "order": str(order),
+        "propagator": repr(chosen),
+        "counterfactual": counterfactual,
+        "root_digest": run.root_digest,
+    }
+    displacements = {one.stage.name: one.displacement for one in carried}
+    return StageEmbeddings(wanted, displacements, trust, final, run.final_buffers(), facts, problem)
+
+
+def _trust(
+    displacement: Tree, at_end: float, residuals: Sequence[float], size: float
+) -> StageTrust:
+    now = tree.norm(displacement)
+    growth = now / at_end if at_end > 0.0 else 1.0
+    residual = max(residuals) if residuals else float("nan")
+    relative = now / size if size > 0.0 else float("inf")
+    return StageTrust(relative, growth, residual, grade_stage(growth, residual))
