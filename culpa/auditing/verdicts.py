@@ -61,10 +61,8 @@ def _sentence(stage: StageFinding, q: int, value: float, behaviour: BehaviourFac
     said = f"Stage {stage.name!r} {verb} {behaviour.name} by {size}"
     if truth is not None:
         estimate = f"{stage.effects[q]:+.3g}".replace("-", "\N{MINUS SIGN}")
-        return (
-            f"{said}: replayed without it, so exact (the estimate was {estimate}, {stage.grade})."
-        )
-    return f"{said}: estimated, {stage.grade}, not replayed."
+        return f"{said}, proved by replay (estimated {estimate}, {stage.grade})."
+    return f"{said}, estimated only ({stage.grade})."
 
 
 def cautions(
