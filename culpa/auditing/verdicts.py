@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from culpa.auditing.record import BehaviourFacts, StageFinding
 from culpa.estimators.trust import NOT_IDENTIFIED, TRUSTED
+from culpa.trajectory.fidelity import BITWISE
 
 TOLERANCE = 0.2
 """A trusted estimate further than this from its replayed truth, relatively, is pointed out."""
@@ -65,6 +66,17 @@ def _sentence(stage: StageFinding, q: int, value: float, behaviour: BehaviourFac
     return f"{said}, estimated only ({stage.grade})."
 
 
+def not_bitwise(claim: str) -> list[str]:
+    """The caution of an audit whose replays were not bit for bit what was recorded."""
+    if claim == BITWISE:
+        return []
+    return [
+        "The audit ran in another environment than the recording, or an update did not reproduce."
+        f" No number is bitwise: the replays it rests on have {claim} from the record (relative, at"
+        " the kept states)."
+    ]
+
+
 def cautions(
     stages: Sequence[StageFinding],
     behaviours: Sequence[BehaviourFacts],
@@ -81,6 +93,17 @@ def cautions(
             said.append(
                 f"The effect of stage {stage.name!r} is not identified by its estimate"
                 f" ({stage.reason}): replay it before relying on it."
+            )
+        opposed = [
+            b.name
+            for q, b in enumerate(behaviours)
+            if (best := known(stage, q)) is not None and stage.scores[q] * best < 0
+        ]
+        if opposed:
+            said.append(
+                f"The AA-Score of stage {stage.name!r} has another sign than its effect on"
+                f" {', '.join(opposed)}: it is linear in the behaviour too, and the stage moved the"
+                " model further than that holds. The effect counts."
             )
         for q, behaviour in enumerate(behaviours):
             truth = stage.replayed[q]

@@ -79,6 +79,12 @@ class LocalLoss:
         ]
         return LocalLoss(self.problem, replace(self.transition, batches=chosen))
 
+    def around(self, params: Tree) -> LocalLoss:
+        """The same loss with other values for the parameters that a call leaves out."""
+        before = self.transition.before
+        moved = replace(before, params=before.params | params)
+        return LocalLoss(self.problem, replace(self.transition, before=moved))
+
     def _all(self, params: Tree) -> Tree:
         return self.transition.before.params | params
 

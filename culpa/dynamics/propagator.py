@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -22,6 +23,11 @@ class Propagator(Protocol):
         """The source of the method, for reports."""
         ...
 
+    @property
+    def moves(self) -> bool:
+        """Whether differences change from update to update at all; if not, M_k is the identity."""
+        ...
+
     def products(self, local: LocalLoss, vectors: Sequence[Tree]) -> list[Tree]:
         """C v at the observed parameters for each vector, C a symmetric stand-in for H_k."""
         ...
@@ -29,6 +35,14 @@ class Propagator(Protocol):
     def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:
         """An estimate of grad L(theta_k) - grad L(theta_k - displacement)."""
         ...
+
+
+POINTS = {
+    "observed": (0.0,),
+    "midpoint": (0.5,),
+    "gauss": (0.5 - math.sqrt(3) / 6, 0.5 + math.sqrt(3) / 6),
+}
+"""Where along the displacement the curvature is taken, as fractions of it from theta_k."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,8 @@ class Exact:
             ``"finite-difference"``, or ``"auto"`` (reverse-over-reverse, cheapest for several
             behaviours).
         at: for embeddings, where the curvature is taken along a displacement D: ``"observed"``
-            (theta_k, the paper's) or ``"midpoint"`` (theta_k - D/2: second-order accurate in D).
+            (theta_k, the paper's), ``"midpoint"`` (theta_k - D/2, exact for cubic losses) or
+            ``"gauss"`` (two Gauss points along D, exact for losses of degree five; twice the cost).
     """
 
     hvp: str = "auto"
@@ -53,24 +68,32 @@ class Exact:
             raise OptionError(
                 f"Exact(hvp=...) must be one of {', '.join(strategies)}, got {self.hvp!r}."
             )
-        if self.at not in ("observed", "midpoint"):
-            raise OptionError(f"Exact(at=...) must be 'observed' or 'midpoint', got {self.at!r}.")
+        if self.at not in POINTS:
+            raise OptionError(f"Exact(at=...) must be one of {', '.join(POINTS)}, got {self.at!r}.")
 
     @property
     def citation(self) -> str:
         """See ``Propagator``."""
         return "Zhang, Du, Ma, Lakkaraju, arXiv 2506.00175, Estimator 4.1; Pearlmutter 1994"
 
+    @property
+    def moves(self) -> bool:
+        """See ``Propagator``."""
+        return True
+
     def products(self, local: LocalLoss, vectors: Sequence[Tree]) -> list[Tree]:
         """See ``Propagator``: H_k v."""
         return hessian.products(local, local.params, vectors, self._strategy)
 
     def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:
-        """See ``Propagator``: H(theta_k) D, or H(theta_k - D/2) D."""
-        at = local.params
-        if self.at == "midpoint":
-            at = tree.subtract(at, tree.scale(0.5, displacement))
-        return hessian.products(local, at, [displacement], self._strategy)[0]
+        """See ``Propagator``: the mean of H(theta_k - x D) D over the points x."""
+        points = POINTS[self.at]
+        total = tree.zeros_like(displacement)
+        for x in points:
+            at = tree.subtract(local.params, tree.scale(x, displacement)) if x else local.params
+            found = hessian.products(local, at, [displacement], self._strategy)[0]
+            total = tree.add(total, tree.scale(1 / len(points), found))
+        return total
 
     @property
     def _strategy(self) -> str:

@@ -48,6 +48,11 @@ class Secant:
             "Accelerating Stochastic Gradient Descent using Predictive Variance Reduction, 2013"
         )
 
+    @property
+    def moves(self) -> bool:
+        """See ``Propagator``."""
+        return True
+
     def products(self, local: LocalLoss, vectors: Sequence[Tree]) -> list[Tree]:
         """Refused: a secant belongs to a displacement, and single scores have none."""
         raise UnsupportedError(

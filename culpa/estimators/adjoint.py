@@ -12,20 +12,19 @@ from torch import Tensor
 from culpa import tree
 from culpa.behaviour import Behaviour, evaluation_mode
 from culpa.dynamics import updates
-from culpa.dynamics.clip import clip
-from culpa.dynamics.clip import derivative as clip_derivative
-from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.local import differentiable_twice
 from culpa.dynamics.propagator import Exact, Propagator
-from culpa.dynamics.updates import Rule, rule_for
+from culpa.dynamics.updates import rule_for
 from culpa.errors import OptionError
-from culpa.estimators.effects import direct_effect, mismatch, refuse_running_statistics, slots_dot
-from culpa.estimators.trust import Trust, grade_update
+from culpa.estimators.effects import direct_effect, refuse_running_statistics, slots_dot
+from culpa.estimators.sweep import Adjoint, Sweep
+from culpa.estimators.trust import Trust
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
-from culpa.trajectory.walk import Transition, backward, session
-from culpa.tree import Slots, Tree
+from culpa.trajectory.walk import backward, session
+from culpa.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,10 @@ class Scores:
         trust: one record per update.
         singular: how often Adam's square root was at zero, where its derivative is defined as 0.
         behaviours, propagator, counterfactual: what the numbers are about.
+        claim: ``"bitwise"``, or the drift of the replay that the sweep linearised; see
+            ``culpa.replay(allow_drift=True)``.
+        fallback: where no propagator was named and the exact sweep stopped being reliable: this
+            update and all before it were passed with Gauss-Newton products.
     """
 
     steps: Float64[Tensor, "updates behaviours"]
@@ -50,15 +53,9 @@ class Scores:
     singular: int
     behaviours: tuple[str, ...]
     propagator: Propagator
+    fallback: int | None
     counterfactual: str
-
-
-@dataclass
-class _Adjoint:
-    """p_{k+1}: the derivative of one behaviour with respect to the state after update k."""
-
-    params: Tree
-    slots: Slots
+    claim: str = "bitwise"
 
 
 def attribute(
@@ -69,6 +66,7 @@ def attribute(
     propagator: Propagator | None = None,
     counterfactual: str = "skip",
     examples: bool = False,
+    allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every update, and so every stage, for each behaviour (Estimators 4.1 to 4.3).
@@ -80,14 +78,17 @@ def attribute(
         run: the recorded run.
         problem: the problem it was recorded with; its model is borrowed and left as it was.
         behaviours: differentiable in the parameters.
-        propagator: how the sweep passes an update; default ``Exact()``.
+        propagator: how the sweep passes an update. Default: ``Exact()``, and from where its
+            products stop being reliable ``GaussNewton()``; ``Scores.fallback`` says where.
         counterfactual: what "without the update" means; see ``culpa.replay``.
         examples: also score every distinct training example. Needs ``problem.example_losses``.
+        allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
         progress: see ``culpa.progress``.
 
     Returns:
         Scores with their trust. Cost: one replay of the run and, per update, about 1.5 + Q
-        gradients for Q behaviours. Memory: Q adjoints and O(sqrt(K)) states.
+        gradients for Q behaviours, and at 16 updates three more for the trust. Memory: Q adjoints
+        and O(sqrt(K)) states.
 
     Raises:
         BehaviourError: if a behaviour does not return one finite number per test point.
@@ -96,8 +97,8 @@ def attribute(
         IntegrityError: if an update does not reproduce.
     """
     check_counterfactual(counterfactual)
-    if not behaviours:
-        raise OptionError("attribute needs at least one behaviour, got an empty sequence.")
+    if isinstance(behaviours, Behaviour) or not behaviours:
+        raise OptionError(f"attribute needs a list of behaviours, got {behaviours!r}.")
     if examples and problem.example_losses is None:
         raise OptionError(
             "examples=True needs Problem(model, loss, example_losses=...): a function (model,"
@@ -106,7 +107,6 @@ def attribute(
     refuse_running_statistics(run, "culpa.attribute")
     for k in _optimizer_changes(run):
         rule_for(run.step(k).optimizer.name)
-    chosen = propagator or Exact()
     final, buffers = run.final_state(), run.final_buffers()
     trained = run.state(run.num_steps).params.keys()
     count, width = run.num_steps, len(behaviours)
@@ -117,20 +117,19 @@ def attribute(
     watch = progress or Silent()
     watch.start("attribute", count)
     try:
-        with session(run, problem) as engine:
+        with session(run, problem, allow_drift) as engine:
             adjoints = [
-                _Adjoint(gradient_of(problem, b, final, buffers, trained), {}) for b in behaviours
+                Adjoint(gradient_of(problem, b, final, buffers, trained)) for b in behaviours
             ]
-            sizes = [tree.norm(p.params) for p in adjoints]
+            sweep = Sweep(problem, adjoints, propagator, count)
             for transition in backward(run, engine):
                 k, rule = transition.index, rule_for(transition.record.optimizer.name)
                 moved, slots = direct_effect(rule, transition, counterfactual)
                 for q, p in enumerate(adjoints):
                     steps[k, q] = tree.dot(p.params, moved) + slots_dot(p.slots, slots)
-                trust.append(_trust(rule, transition, adjoints, sizes, moved))
+                trust.append(sweep.trust(rule, transition, moved))
                 singular += updates.singular(rule, transition.after.slots, transition.grads)
-                ids = run.example_ids(k)
-                _pull(rule, problem, transition, adjoints, chosen, by_example, ids)
+                sweep.pull(rule, transition, by_example, run.example_ids(k))
                 watch.advance()
     finally:
         watch.finish()
@@ -141,7 +140,19 @@ def attribute(
     )
     names = tuple(b.name for b in behaviours)
     trusts = tuple(reversed(trust))
-    return Scores(steps, stages, by_example, trusts, singular, names, chosen, counterfactual)
+    used = propagator or Exact()
+    return Scores(
+        steps,
+        stages,
+        by_example,
+        trusts,
+        singular,
+        names,
+        used,
+        sweep.fallback,
+        counterfactual,
+        engine.fidelity.claim,
+    )
 
 
 def gradient_of(
@@ -168,61 +179,3 @@ def gradient_of(
 def _optimizer_changes(run: Run) -> list[int]:
     """One update of every optimizer of the run."""
     return [0, *(s.start for s in run.stages if s.start)] if run.num_steps else []
-
-
-def _trust(
-    rule: Rule,
-    transition: Transition,
-    adjoints: Sequence[_Adjoint],
-    sizes: Sequence[float],
-    moved: Tree,
-) -> Trust:
-    growth = max(
-        tree.norm(p.params) / size if size > 0.0 else 1.0
-        for p, size in zip(adjoints, sizes, strict=True)
-    )
-    start = tree.norm(transition.before.params)
-    displacement = tree.norm(moved) / start if start > 0.0 else float("inf")
-    gap = mismatch(rule, transition)
-    return Trust(growth, displacement, gap, grade_update(growth, gap))
-
-
-def _pull(
-    rule: Rule,
-    problem: Problem,
-    transition: Transition,
-    adjoints: Sequence[_Adjoint],
-    propagator: Propagator,
-    by_example: Tensor | None,
-    ids: Sequence[int],
-) -> None:
-    """p <- M_k^T p for every behaviour, in place; example scores on the way.
-
-    The optimizer's pullback gives the cotangent w of the gradient; then H_k w joins theta's.
-    """
-    record, before = transition.record, transition.before
-    pulled = updates.pullback(
-        rule,
-        record.groups,
-        before.params,
-        before.slots,
-        clip(transition.grads, record.clip_grad_norm),
-        [p.params for p in adjoints],
-        [p.slots for p in adjoints],
-    )
-    local = LocalLoss(problem, transition)
-    raw = [clip_derivative(transition.grads, record.clip_grad_norm, w) for _, _, w in pulled]
-    curved = propagator.products(local, raw)
-    for q, (p, (params, slots, _), bent) in enumerate(zip(adjoints, pulled, curved, strict=True)):
-        p.params = tree.add(params, bent)
-        p.slots = {} if record.reset else slots
-        if by_example is not None:
-            shares = example_shares(local, raw[q])
-            by_example[:, q].index_add_(0, torch.tensor(ids), shares)
-
-
-def example_shares(local: LocalLoss, cotangent: Tree) -> Tensor:
-    """w . grad l_i / B for every example of the update, float64: one forward-mode product."""
-    with differentiable_twice():
-        shares = torch.func.jvp(local.example_values, (local.params,), (cotangent,))[1]
-    return shares.detach().double().cpu()

@@ -30,8 +30,9 @@ class StageTrust(msgspec.Struct, frozen=True):
     """The trust in one stage's embedding.
 
     ``displacement``: ||D|| / ||theta_K||. ``growth``: ||D|| at the end of training over that at the
-    end of the stage. ``residual``: the largest relative remainder of the linearised gradient
-    difference, over at most four updates after the stage; nan for the last stage, which is exact.
+    end of the stage. ``residual``: an estimate of the relative error of D, from the remainders
+    (``tangent.remainder``) of at most six updates after the stage, on the high side; nan for the
+    last stage, which is exact.
     """
 
     displacement: float
