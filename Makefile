@@ -23,7 +23,7 @@ export MKL_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types contracts unit clean python-version
+.PHONY: help demo test bench lint types contracts unit clean python-version
 
 help:  ## what there is to make (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ contracts: $(DEV)/.installed  ## import-linter: imports point one way
 
 unit: $(DEV)/.installed  ## pytest, with the README's example
 	$(DEV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+bench: $(DEV)/.installed  ## what recording costs (three minutes): benchmarks/results/recording.json
+	$(DEV)/bin/python benchmarks/recording.py
 
 clean:  ## remove environments, caches, build output and the demo's folder
 	rm -rf $(DEV) $(DEMO) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

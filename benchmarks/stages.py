@@ -30,8 +30,8 @@ STAGES = (("0 degrees", 0.0, 3), ("45 degrees", 45.0, 1), ("90 degrees", 90.0, 1
 BATCH, TRAIN, TEST = 100, 2000, 500
 PROPAGATORS: dict[str, Any] = {
     "block, observed": culpa.Exact(),
-    "block, midpoint (default)": culpa.Exact(at="midpoint"),
-    "block, two Gauss points": culpa.Exact(at="gauss"),
+    "block, midpoint": culpa.Exact(at="midpoint"),
+    "block, two Gauss points (default)": culpa.Exact(at="gauss"),
     "Gauss-Newton": culpa.GaussNewton(),
     "layer-wise": culpa.LayerWise(),
     "Secant(0.25)": culpa.Secant(0.25),

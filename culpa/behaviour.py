@@ -90,10 +90,12 @@ def _log_likelihood(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             f"log_likelihood needs logits [n, classes] and targets [n], got "
             f"{tuple(logits.shape)} and {tuple(targets.shape)}."
         )
-    if targets.is_floating_point() or not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
+    classes = logits.shape[1]
+    inside = (targets >= 0) & (targets < classes)
+    if targets.is_floating_point() or not bool(inside.all()):
         raise BehaviourError(
-            f"log_likelihood needs integer targets from 0 to {logits.shape[1] - 1}, the classes of the "
-            f"logits; got {targets.dtype} from {targets.min().item()} to {targets.max().item()}."
+            f"log_likelihood needs integer targets from 0 to {classes - 1}, the classes of the"
+            f" logits; got {targets.dtype} from {targets.min().item()} to {targets.max().item()}."
         )
     return torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
 

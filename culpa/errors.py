@@ -35,9 +35,17 @@ class IntegrityError(CulpaError):
     """What is stored, or what a replay produced, is not what was recorded."""
 
 
+class EnvironmentDifference(IntegrityError):  # noqa: N818 (a fact about here, not a mistake)
+    """This process is not like the one that recorded, so a replay need not be bitwise."""
+
+
 class UnsupportedError(CulpaError):
     """Something real that this version does not model; refused rather than guessed."""
 
 
 class OptionError(CulpaError):
     """An argument outside of what a function accepts."""
+
+
+class RecordingStopped(CulpaError, UserWarning):  # noqa: N818 (a warning, not an error)
+    """A warning: the disk failed, so recording ended early while training went on."""

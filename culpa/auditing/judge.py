@@ -27,6 +27,7 @@ from culpa.estimators.embedding import StageEmbeddings
 from culpa.estimators.trust import NOT_IDENTIFIED
 from culpa.problem import Problem
 from culpa.progress import Progress
+from culpa.trajectory.fidelity import weakest
 from culpa.trajectory.replay import replay
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import Stage
@@ -45,6 +46,7 @@ def judge(
     budget: float = 1.0,
     counterfactual: str = "skip",
     propagator: Propagator | None = None,
+    allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> AuditRecord:
     """Find out which stages are to be credited or blamed. See ``culpa.audit``."""
@@ -67,6 +69,7 @@ def judge(
         behaviours,
         propagator=propagator,
         counterfactual=counterfactual,
+        allow_drift=allow_drift,
         progress=progress,
     )
     spent.append(
@@ -74,7 +77,12 @@ def judge(
     )
     began = time.monotonic()
     embeddings = embed(
-        run, problem, propagator=propagator, counterfactual=counterfactual, progress=progress
+        run,
+        problem,
+        propagator=propagator,
+        counterfactual=counterfactual,
+        allow_drift=allow_drift,
+        progress=progress,
     )
     spent.append(
         _spending("embeddings of every stage: replayed and differentiated", run.num_steps, began)
@@ -84,11 +92,18 @@ def judge(
     estimates = {s.name: [e[i] for e in effects] for i, s in enumerate(run.stages)}
     grades = {name: embeddings.trust[name].grade for name in embeddings}
     truths: dict[str, list[float]] = {}
+    claims = [scores.claim, embeddings.facts["claim"]]
     for stage in plan(run, estimates, grades, budget):
         began = time.monotonic()
         without = replay(
-            run, problem, without=stage, counterfactual=counterfactual, progress=progress
+            run,
+            problem,
+            without=stage,
+            counterfactual=counterfactual,
+            allow_drift=allow_drift,
+            progress=progress,
         )
+        claims.append(without.claim)
         truths[stage] = [float(without.effect(b).mean()) for b in behaviours]
         spent.append(_spending(f"replay without stage {stage!r}", without.updates_executed, began))
     facts = [_behaviour_facts(problem, embeddings, b) for b in behaviours]
@@ -98,7 +113,7 @@ def judge(
         )
         for i, stage in enumerate(run.stages)
     ]
-    updates = _updates(run, scores)
+    updates, claim = _updates(run, scores), weakest(claims)
     return AuditRecord(
         culpa_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -107,12 +122,16 @@ def judge(
         stages=findings,
         updates=updates,
         verdicts=words.verdicts(findings, facts),
-        cautions=words.cautions(findings, facts, updates.grades, counterfactual),
+        cautions=[
+            *words.not_bitwise(claim),
+            *words.cautions(findings, facts, updates.grades, counterfactual),
+        ],
         spent=spent,
         options={
             "budget": f"{budget:g} trainings",
             "propagator": str(embeddings.facts["propagator"]),
             "form": "block",
+            "claim": claim,
         },
         sources=_sources(run, scores),
     )

@@ -1,3 +1,3 @@
 """The command line."""
 
-from culpa.cli.app import main as main
+from culpa.cli.entry import main as main

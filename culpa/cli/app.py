@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import culpa
+from culpa.cli.outcome import replayed, replayed_facts
 from culpa.cli.problem import load_problem
 from culpa.cli.progress import shown
-from culpa.errors import CulpaError
+from culpa.cli.screen import inspection
+from culpa.cli.summary import summarize
 
 app = typer.Typer(
-    help="Which stage of training is to be credited or blamed for what a model does.",
+    help=(
+        "Which stage of training is to be credited or blamed for what a model does.\n\n"
+        "Exit codes: 0 fine, 1 an error, 2 something asked for that does not exist (an option, a"
+        " stage, a problem), 3 something is not as it was recorded (damage, another environment)."
+        "\n\nErrors are one message; with --debug, anywhere on the line, they show a traceback."
+    ),
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder given to culpa.record.")]
+RunPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="The folder given to culpa.record, or an address such as s3://..."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead.")]
+AllowDrift = Annotated[
+    bool,
+    typer.Option(
+        "--allow-drift",
+        help="In another environment: measure the drift and go on, instead of refusing.",
+    ),
+]
 ProblemName = Annotated[
     str,
     typer.Option(
@@ -76,10 +96,12 @@ def audit(
     problem: ProblemName,
     budget: Annotated[float, typer.Option(help="Trainings to spend on replays; 0: none.")] = 1.0,
     counterfactual: Removal = "skip",
+    allow_drift: AllowDrift = False,
     folder: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for audit.json and audit.html; default RUN-audit."),
     ] = None,
+    json: AsJson = False,
 ) -> None:
     """Attribute behaviours to the stages and updates of a run, and replay the main ones.
 
@@ -89,9 +111,15 @@ def audit(
     run = culpa.open_run(path)
     with shown(err) as progress:
         found = culpa.audit(
-            run, task, behaviours, budget=budget, counterfactual=counterfactual, progress=progress
+            run,
+            task,
+            behaviours,
+            budget=budget,
+            counterfactual=counterfactual,
+            allow_drift=allow_drift,
+            progress=progress,
         )
-    _show(found, folder or path.with_name(f"{path.name}-audit"))
+    _show(found, folder or Path(f"{path.rstrip('/')}-audit"), json=json)
 
 
 @app.command()
@@ -113,52 +141,17 @@ def report(
 
 
 @app.command()
-def inspect(path: RunPath) -> None:
-    """Show what is in a run: stages, updates, learning rates, kept states, bytes.
+def inspect(path: RunPath, json: AsJson = False) -> None:
+    """Show what is in a run, whether it replays here, and what can be found out at what cost.
 
     Example: culpa inspect culpa-demo/run
     """
-    run = culpa.open_run(path)
-    facts = Table.grid(padding=(0, 2))
-    states = len(run.kept_states)
-    parameters = run.manifest.parameters
-    for name, value in (
-        ("Run", f"{run.path} ({run.manifest.status}, recorded {run.manifest.created})"),
-        ("Updates", f"{run.num_steps} over {run.num_examples} distinct training examples"),
-        (
-            "Model",
-            (
-                f"{len(parameters)} parameter tensors, {len(run.manifest.frozen)} of them never"
-                " trained"
-            ),
-        ),
-        (
-            "On disk",
-            f"{run.bytes_on_disk / 1e6:.2f} MB, {states} of {run.num_steps + 1} states kept",
-        ),
-        ("Root digest", run.root_digest or "none: the run was not closed"),
-        (
-            "Recorded with",
-            ", ".join(
-                f"{n} {run.manifest.environment.get(n)}" for n in ("torch", "python", "threads")
-            ),
-        ),
-    ):
-        facts.add_row(f"[bold]{name}", value)
-    out.print(facts)
-    table = Table("Stage", "Updates", "Optimizer", "Learning rate")
-    for stage in run.stages:
-        rates = [run.step(k).hypers[0]["lr"] for k in stage.updates]
-        spread = (
-            f"{rates[0]:g}" if min(rates) == max(rates) else f"{min(rates):g} to {max(rates):g}"
-        )
-        table.add_row(
-            escape(stage.name),
-            f"{stage.start} to {stage.stop - 1}",
-            run.step(stage.start).optimizer.name,
-            spread,
-        )
-    out.print(table)
+    summary = summarize(culpa.open_run(path))
+    if json:
+        _print_json(summary)
+        return
+    for part in inspection(summary):
+        out.print(part)
 
 
 @app.command()
@@ -171,6 +164,14 @@ def verify(
             help="Also execute every update again and compare bit for bit.",
         ),
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(help="With --problem: so many random segments instead of every update."),
+    ] = None,
+    root_digest: Annotated[
+        str | None, typer.Option(help="Also prove that it is the run quoted by this digest.")
+    ] = None,
+    json: AsJson = False,
 ) -> None:
     """Prove that a run is complete and unchanged; with --problem, that it reproduces.
 
@@ -178,21 +179,31 @@ def verify(
     """
     run = culpa.open_run(path)
     task = load_problem(problem)[0] if problem else None
+    level = "replay" if task else "digest"
     with shown(err) as progress:
-        run.verify(task, level="replay" if task else "digest", progress=progress)
-    how = "every update executed again, bit for bit" if task else "every digest recomputed"
-    out.print(f"{path} is intact ({how}).\nRoot digest {run.root_digest}")
+        found = run.verify(
+            task, level=level, sample=sample, root_digest=root_digest, progress=progress
+        )
+    if json:
+        _print_json({"run": path, "level": level, "intact": True, **asdict(found)})
+        return
+    out.print(f"{escape(path)} is intact: {found}")
 
 
 @app.command()
 def replay(
     path: RunPath,
     problem: ProblemName,
-    without: Annotated[list[str], typer.Option(help="A stage to leave out; may be repeated.")],
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="A stage to leave out; may be repeated. None: the run itself."),
+    ] = None,
     counterfactual: Removal = "skip",
+    allow_drift: AllowDrift = False,
     weights: Annotated[
         Path | None, typer.Option("--out", help="Write the model without it here (safetensors).")
     ] = None,
+    json: AsJson = False,
 ) -> None:
     """Re-run history without a stage, and show what the behaviours would have been.
 
@@ -202,28 +213,34 @@ def replay(
     run = culpa.open_run(path)
     with shown(err) as progress:
         found = culpa.replay(
-            run, task, without=without, counterfactual=counterfactual, progress=progress
+            run,
+            task,
+            without=without or (),
+            counterfactual=counterfactual,
+            allow_drift=allow_drift,
+            progress=progress,
         )
-    table = Table("Behaviour", "True effect", "Unit")
-    for behaviour in behaviours:
-        table.add_row(
-            escape(behaviour.name), f"{float(found.effect(behaviour).mean()):+.4g}", behaviour.unit
-        )
-    out.print(
-        f"Without {escape(', '.join(without))} ({len(found.without)} updates;"
-        f" {found.updates_executed} executed again):"
-    )
-    out.print(table)
-    out.print("> 0: what was left out had raised the behaviour.")
     if weights is not None:
         found.save(weights)
-        out.print(f"The model without it: {weights}")
+    if json:
+        _print_json(replayed_facts(path, without or [], found, behaviours, weights))
+        return
+    for part in replayed(without or [], found, behaviours, weights):
+        out.print(part)
 
 
-def _show(found: culpa.Audit, folder: Path) -> None:
+def _print_json(facts: object) -> None:
+    """On standard output and nothing else; numbers that are not finite become null."""
+    typer.echo(msgspec.json.format(msgspec.json.encode(facts), indent=1).decode())
+
+
+def _show(found: culpa.Audit, folder: Path, *, json: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found.to_json(folder / "audit.json")
     found.to_html(folder / "audit.html")
+    if json:
+        typer.echo((folder / "audit.json").read_text(encoding="utf-8"))
+        return
     _print_audit(found)
     out.print(f"Report: {folder / 'audit.html'}   Data: {folder / 'audit.json'}")
 
@@ -236,14 +253,6 @@ def _print_audit(found: culpa.Audit) -> None:
     out.print()
     for table in tables(found.record):
         out.print(table)
+        out.print()
     for caution in found.record.cautions:
         out.print(f"[dim]Note: {escape(caution)}")
-
-
-def main() -> None:
-    """The console script: errors of ours as one message, exit code 1."""
-    try:
-        app()
-    except CulpaError as error:
-        err.print(f"[bold red]Error:[/] {escape(str(error))}")
-        sys.exit(1)

@@ -11,8 +11,10 @@ from culpa.dynamics.updates import rule_for
 from culpa.errors import OptionError, StageError, UnsupportedError
 from culpa.estimators.effects import refuse_running_statistics
 from culpa.estimators.embedding import StageEmbeddings, StageTrust
-from culpa.estimators.tangent import FORMS, Additive, Block, probes
-from culpa.estimators.trust import grade_stage
+from culpa.estimators.from_checkpoints.embed import embed_checkpoints
+from culpa.estimators.from_checkpoints.run import CheckpointRun
+from culpa.estimators.tangent import FORMS, Additive, Carried, probes
+from culpa.estimators.trust import DOUBTFUL, TRUSTED, grade_stage
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.replay import check_counterfactual
@@ -21,7 +23,7 @@ from culpa.trajectory.walk import forward, session
 
 
 def embed(
-    run: Run,
+    run: Run | CheckpointRun,
     problem: Problem,
     *,
     stages: Sequence[str] | None = None,
@@ -35,7 +37,8 @@ def embed(
     """Embed stages: D_S ~ theta_K - theta_K(without S), one forward sweep for all of them.
 
     Args:
-        run: the recorded run.
+        run: the recorded run. One of ``culpa.from_checkpoints`` goes to ``embed_checkpoints``,
+            which says what is different there.
         problem: the problem it was recorded with; its model is borrowed and left as it was.
         stages: names; default all.
         propagator: default ``Exact(at="gauss")``: at practical learning rates the paper's
@@ -58,6 +61,17 @@ def embed(
         UnsupportedError: for an optimizer without a differentiable rule, for changing running
             statistics, for models without second derivatives, and for ``order=2``.
     """
+    if isinstance(run, CheckpointRun):
+        return embed_checkpoints(
+            run,
+            problem,
+            stages=stages,
+            propagator=propagator,
+            form=form,
+            order=order,
+            counterfactual=counterfactual,
+            progress=progress,
+        )
     check_counterfactual(counterfactual)
     if form not in FORMS:
         raise OptionError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
@@ -103,11 +117,14 @@ def embed(
     return StageEmbeddings(wanted, displacements, trust, final, run.final_buffers(), facts, problem)
 
 
-def _trust(one: Block | Additive, num_steps: int, size: float) -> StageTrust:
+def _trust(one: Carried, num_steps: int, size: float) -> StageTrust:
     """The residual: the mean of the sampled remainders, times the updates it stands for, over D."""
     now, after = tree.norm(one.displacement), num_steps - one.stage.stop
     growth = now / one.at_stage_end if one.at_stage_end > 0.0 else 1.0
     error = tree.norm(one.remainders) * after / one.probed if one.probed else float("nan")
     residual = error / now if now > 0.0 else error
     relative = now / size if size > 0.0 else float("inf")
-    return StageTrust(relative, growth, residual, grade_stage(growth, residual))
+    grade = grade_stage(growth, residual)
+    if isinstance(one, Additive) and grade == TRUSTED:
+        grade = DOUBTFUL  # that the stage's updates add up is assumed, and not measured
+    return StageTrust(relative, growth, residual, grade)

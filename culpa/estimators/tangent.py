@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,14 +22,14 @@ from culpa.tree import Slots, Tree
 
 
 @dataclass
-class Block:
-    """One stage's block displacement (the paper's Appendix B), D = theta - theta(without S).
+class Carried(ABC):
+    """One stage's displacement on its way through the run.
 
-    The counterfactual theta - D is advanced with an estimate of its gradient, g_k minus the
-    propagator's difference, through the optimizer's own rule: first order in the loss, exact in
-    the optimizer (its moments, its step counter, its first step). Inside the stage the
-    counterfactual stands still, so a stage starts from its exact displacement, and the last
-    stage's embedding is exact.
+    Attributes:
+        displacement, slots: what is carried; ``slots`` are the counterfactual's in ``Block`` and a
+            displacement in ``Additive``.
+        at_stage_end: the norm of the displacement there.
+        remainders, probed: the sum of the remainders measured so far, and their number.
     """
 
     stage: Stage
@@ -38,6 +39,35 @@ class Block:
     at_stage_end: float = 0.0
     remainders: Tree = field(default_factory=dict[str, Tensor])
     probed: int = 0
+
+    @abstractmethod
+    def advance(
+        self,
+        rule: Rule,
+        transition: Transition,
+        local: LocalLoss,
+        propagator: Propagator,
+        probe: bool,
+    ) -> None:
+        """Carry the displacement through one observed update."""
+
+    def note(
+        self, rule: Rule, transition: Transition, local: LocalLoss, slots: Slots, bent: Tree
+    ) -> None:
+        """Measure this update's remainder."""
+        left = remainder(rule, transition, local, self.displacement, slots, bent)
+        self.remainders, self.probed = tree.add(self.remainders, left), self.probed + 1
+
+
+class Block(Carried):
+    """One stage's block displacement (the paper's Appendix B), D = theta - theta(without S).
+
+    The counterfactual theta - D is advanced with an estimate of its gradient, g_k minus the
+    propagator's difference, through the optimizer's own rule: first order in the loss, exact in
+    the optimizer (its moments, its step counter, its first step). Inside the stage the
+    counterfactual stands still, so a stage starts from its exact displacement, and the last
+    stage's embedding is exact.
+    """
 
     def advance(
         self,
@@ -69,8 +99,7 @@ class Block:
         direction = {name: self.displacement[name] for name in local.params}
         bent = propagator.gradient_difference(local, direction)
         if probe:
-            left = remainder(rule, transition, local, self.displacement, self.slots, bent)
-            self.remainders, self.probed = tree.add(self.remainders, left), self.probed + 1
+            self.note(rule, transition, local, self.slots, bent)
         grads = clip(transition.grads, record.clip_grad_norm)
         modelled, _ = updates.apply(
             rule, record.groups, transition.before.params, transition.before.slots, grads
@@ -86,20 +115,11 @@ class Block:
         return moved
 
 
-@dataclass
-class Additive:
+class Additive(Carried):
     """One stage's displacement by Estimator 4.3: the sum of its updates' effects, each alone.
 
     Linear throughout: D <- M_k D, and D <- M_k D + Delta_k inside the stage.
     """
-
-    stage: Stage
-    counterfactual: str
-    displacement: Tree = field(default_factory=dict[str, Tensor])
-    slots: Slots = field(default_factory=dict[str, dict[str, Tensor]])
-    at_stage_end: float = 0.0
-    remainders: Tree = field(default_factory=dict[str, Tensor])
-    probed: int = 0
 
     def advance(
         self,
@@ -119,9 +139,7 @@ class Additive:
             direction = {name: self.displacement[name] for name in local.params}
             bent = propagator.products(local, [direction])[0]
             if probe and k >= self.stage.stop:
-                held = transition.before.slots
-                left = remainder(rule, transition, local, self.displacement, held, bent)
-                self.remainders, self.probed = tree.add(self.remainders, left), self.probed + 1
+                self.note(rule, transition, local, transition.before.slots, bent)
             self.displacement, self.slots = updates.pushforward(
                 rule,
                 record.groups,
@@ -142,7 +160,7 @@ class Additive:
             self.at_stage_end = tree.norm(self.displacement)
 
 
-FORMS: dict[str, type[Block] | type[Additive]] = {"block": Block, "additive": Additive}
+FORMS: dict[str, type[Carried]] = {"block": Block, "additive": Additive}
 
 
 def remainder(

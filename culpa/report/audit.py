@@ -61,6 +61,7 @@ def audit(
     budget: float = 1.0,
     counterfactual: str = "skip",
     propagator: Propagator | None = None,
+    allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> Audit:
     """Find out which stages are to be credited or blamed, and prove the main ones by replay.
@@ -76,6 +77,7 @@ def audit(
         budget: how much to spend on replays, in units of the run's own training cost. 0: none.
         counterfactual: see ``culpa.replay``.
         propagator: see ``culpa.attribute``.
+        allow_drift: see ``culpa.replay``; the largest drift stands in the options and cautions.
         progress: see ``culpa.progress``.
 
     Returns:
@@ -95,6 +97,7 @@ def audit(
             budget=budget,
             counterfactual=counterfactual,
             propagator=propagator,
+            allow_drift=allow_drift,
             progress=progress,
         )
     )

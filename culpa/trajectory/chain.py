@@ -17,7 +17,7 @@ ChainedMicroBatch = tuple[bytes, list[bytes], bytes | None, tuple[Placement, ...
 """A micro-batch by content: the layout's JSON, digests of rows and generators, placements."""
 
 
-class StepDetail(msgspec.Struct, frozen=True, kw_only=True):
+class StepDetail(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The small facts of an update that are neither data nor hyperparameters."""
 
     weights: tuple[float, ...] | None
@@ -41,6 +41,25 @@ def link_content(
     return msgspec.msgpack.encode([index, optimizer, hypers, batches, detail, step, fingerprints])
 
 
+FIELDS = (
+    *("optimizer", "hypers", "layout", "rows", "random", "placements"),
+    *("detail", "digest", "fingerprints"),
+)
+"""The parts of an update that a verification can tell apart."""
+
+
+def field_fingerprints(content: bytes) -> bytes:
+    """The first four bytes of each field's BLAKE3: they name the field that was changed.
+
+    Args:
+        content: what ``link_content`` gave. The link covers it; this only says where to look.
+    """
+    _, optimizer, hypers, batches, *rest = msgspec.msgpack.decode(content)
+    fields = [optimizer, hypers, *([list(c) for c in zip(*batches, strict=True)] or [[]] * 4)]
+    parts = [blake3(msgspec.msgpack.encode(f)).digest()[:4] for f in [*fields, *rest]]
+    return b"".join(parts)
+
+
 def row_digest(layout: bytes, row: memoryview | bytes) -> bytes:
     """The content address of one row: ``BLAKE3(BLAKE3(layout JSON) || row bytes)``."""
     return blake3(blake3(layout).digest()).update(row).digest()
@@ -53,7 +72,12 @@ def root_digest(
     states: Sequence[tuple[int, bytes]],
     frozen: bytes,
 ) -> str:
-    """The one number that stands for a complete run, in hexadecimal."""
-    facts = [manifest.format, manifest.environment, manifest.parameters, manifest.buffers]
-    content = [facts, list(manifest.frozen), list(stages), [list(s) for s in states], frozen]
+    """The one number that stands for a complete run, in hexadecimal.
+
+    It covers every field of the manifest as the folder will hold it, but this one.
+    """
+    facts = msgspec.structs.asdict(manifest)
+    del facts["root_digest"]
+    named = [[stage.name, stage.start, stage.stop] for stage in stages]
+    content = [facts, named, [list(s) for s in states], frozen]
     return digest.chain(link, msgspec.msgpack.encode(content, order="sorted")).hex()

@@ -21,8 +21,8 @@ from culpa.trajectory.schema import MicroBatch, StepRecord
 from culpa.trajectory.state import State, largest_difference
 from culpa.tree import Tree
 
-Drawn = tuple[Any, RandomState]
-"""A batch, and the generators when it was handed to the loop."""
+Drawn = tuple[Any, RandomState | None]
+"""A batch, and the generators when it was handed to the loop; ``None``: with the batch before."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Before:
 
 def prove_reproducible(problem: Problem, pending: Sequence[Drawn]) -> None:
     """Evaluate the loss twice from one random state; raise unless both are the same bits."""
-    batch, random = pending[-1]
+    batch, random = [(b, r) for b, r in pending if r is not None][-1]
     with borrowed(problem.model):
         values: list[torch.Tensor] = []
         for _ in range(2):
@@ -58,11 +58,12 @@ def identify(
     after: State,
     index: int,
     usual: int,
-) -> tuple[list[Drawn], StepDetail]:
+) -> tuple[list[Drawn], StepDetail, RandomState]:
     """Execute the update again from ``before`` and return the reading of it that gives ``after``.
 
-    Several batches before one update may be micro-batches, or batches that the loop left out; each
-    reading is tried, and only one that reproduces every bit is taken.
+    The generators as that left them come with it. Several batches before one update may be
+    micro-batches, or batches that the loop left out; each reading is tried, and only one that
+    reproduces every bit is taken.
 
     Raises:
         RecordError: if none does, naming the update, the worst parameter and the likely cause.
@@ -74,15 +75,16 @@ def identify(
         if usual > count:
             partial = msgspec.structs.replace(detail, weights=(1 / usual,) * count)
             readings.append((pending, partial))
-        readings.append((pending[-1:], detail))
+        if pending[-1][1] is not None:
+            readings.append((pending[-1:], detail))
     failures: list[tuple[str, float, Tree]] = []
     for drawn, facts in readings:
-        grads, state = _execute_again(observer, before, drawn, facts, hypers, index)
+        grads, state, ended = _execute_again(observer, before, drawn, facts, hypers, index)
         name, size = largest_difference(
             state.flat(), after.flat() if after.slots else _without_slots(state, after)
         )
         if not name:
-            return drawn, facts
+            return drawn, facts, ended
         failures.append((name, size, grads))
     name, size, grads = failures[0]
     raise RecordError(
@@ -103,7 +105,7 @@ def _execute_again(
     detail: StepDetail,
     hypers: tuple[dict[str, Any], ...],
     index: int,
-) -> tuple[Tree, State]:
+) -> tuple[Tree, State, RandomState]:
     record = StepRecord(
         index=index,
         optimizer=observer.spec,
@@ -119,7 +121,7 @@ def _execute_again(
         if before.fresh:
             engine.reset_optimizer()
         done = engine.execute(record, [b for b, _ in drawn], [r for _, r in drawn])
-        return done.grads, engine.state()
+        return done.grads, engine.state(), rng.capture()
 
 
 def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:

@@ -8,7 +8,7 @@ order of their names. Files are not hashed: their bytes may differ between write
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import torch
@@ -33,8 +33,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def tensor_digest(name: str, value: Tensor) -> bytes:
     """32-byte digest of one named tensor."""
     value = value.detach().cpu()
-    header = ["culpa tensor", name, dtype_name(value.dtype), list(value.shape)]
-    return blake3(msgspec.msgpack.encode(header)).update(raw_bytes(value)).digest()
+    start = header(name, dtype_name(value.dtype), tuple(value.shape))
+    return blake3(start).update(raw_bytes(value)).digest()
+
+
+def header(name: str, dtype: str, shape: Sequence[int]) -> bytes:
+    """What stands before a tensor's bytes in its digest."""
+    return msgspec.msgpack.encode(["culpa tensor", name, dtype, list(shape)])
 
 
 def tensor_digests(tree: Mapping[str, Tensor]) -> list[bytes]:

@@ -18,6 +18,7 @@ from culpa import tree
 from culpa.errors import UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import rng
+from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import Group, StepRecord
 from culpa.trajectory.state import State
@@ -73,6 +74,7 @@ def borrowed(model: nn.Module) -> Generator[None]:
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     values, statistics = tree.clone(params), tree.clone(buffers)
     gradients = {name: p.grad for name, p in params.items()}
+    trained = {name: p.requires_grad for name, p in params.items()}
     modes = {module: module.training for module in model.modules()}
     try:
         with rng.preserved(), torch.enable_grad():
@@ -84,6 +86,7 @@ def borrowed(model: nn.Module) -> Generator[None]:
         _write(buffers, statistics)
         for name, p in params.items():
             p.grad = gradients[name]
+            p.requires_grad_(trained[name])
         for module, training in modes.items():
             module.training = training
 
@@ -117,11 +120,12 @@ class Executed:
 class Engine:
     """A training process in miniature: load a state, execute updates, read the state.
 
-    Use it inside ``borrowed(problem.model)``.
+    Use it inside ``borrowed(problem.model)``. ``fidelity`` is what its results may claim.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, fidelity: Fidelity | None = None) -> None:
         self.problem = problem
+        self.fidelity = fidelity or Fidelity()
         self.params: Tree = dict(problem.model.named_parameters())
         self.buffers: Mapping[str, Tensor] = dict(problem.model.named_buffers())
         self._names = {p: name for name, p in self.params.items()}
@@ -139,6 +143,8 @@ class Engine:
         """Put the module and the (future) optimizer into ``state``."""
         self.write(state.params, state.buffers)
         self._held = tuple(state.params)
+        for name in self._held:  # a model frozen after training still trained when it was recorded
+            self.params[name].requires_grad_()
         self._slots = tree.clone_slots(state.slots)
         self._optimizer = None
 

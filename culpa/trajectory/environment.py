@@ -1,61 +1,104 @@
-"""What bitwise replay depends on, captured as strings and compared field by field."""
+"""What bitwise replay depends on: captured as text, compared field by field, set where it can be.
+
+The fields are in environment_fields.py, and docs/environment.md gives their reasons.
+"""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
-import numpy as np
-import torch
+from torch import Tensor
 
+from culpa.errors import EnvironmentDifference, IntegrityError
+from culpa.trajectory import environment_fields as fields
 
-def capture() -> dict[str, str]:
-    """The facts of this process that can change the bits of a training step."""
-    facts = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "default dtype": str(torch.get_default_dtype()).removeprefix("torch."),
-        "mkldnn": str(torch.backends.mkldnn.is_available()),
-        "flash attention": str(torch.backends.cuda.flash_sdp_enabled()),
-    }
-    if torch.cuda.is_available():
-        facts["device"] = torch.cuda.get_device_name()
-        facts["cuda"] = str(torch.version.cuda)
-        facts["cudnn benchmark"] = str(torch.backends.cudnn.benchmark)
-    return facts
+UNSET = "unset"
 
 
-def differences(recorded: dict[str, str], here: dict[str, str]) -> list[str]:
-    """One line for each fact that differs: ``threads: recorded 2, here 1``."""
-    return [
-        f"{name}: recorded {recorded.get(name, 'nothing')}, here {here.get(name, 'nothing')}"
-        for name in sorted(recorded.keys() | here.keys())
-        if recorded.get(name) != here.get(name)
-    ]
+@dataclass(frozen=True)
+class Difference:
+    """One field that is not as it was recorded; ``matters`` says whether it can change a bit."""
+
+    name: str
+    recorded: str
+    here: str
+    matters: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}: recorded {self.recorded}, here {self.here}"
+
+
+def capture(tensors: Collection[Tensor] = ()) -> dict[str, str]:
+    """The facts of this process that can change the bits of a training step.
+
+    Args:
+        tensors: the model's, for the device they are on; none: the CPU.
+    """
+    facts = {f.name: f.text() for f in fields.FIELDS}
+    return facts | fields.devices(tensors) | fields.variables()
+
+
+def compare(recorded: Mapping[str, str], here: Mapping[str, str]) -> list[Difference]:
+    """Every field that differs.
+
+    A field that the record does not have is one that an older culpa did not know: a difference in
+    it cannot be told. Variables are recorded only where they are set, so a missing one is unset.
+    """
+    device = recorded.get("device", "cpu")
+    known = [n for n in here if n in recorded or n.startswith("$")]
+    found: list[Difference] = []
+    for name in sorted({*recorded, *known}):
+        missing = UNSET if name.startswith("$") else "nothing"
+        there, now = recorded.get(name, missing), here.get(name, missing)
+        if there != now:
+            found.append(Difference(name, there, now, fields.matters(name, device)))
+    return found
+
+
+def require_same(recorded: Mapping[str, str], here: Mapping[str, str], where: str) -> None:
+    """Raise ``EnvironmentDifference`` listing every field that differs and can change a bit."""
+    wrong = [str(d) for d in compare(recorded, here) if d.matters]
+    if wrong:
+        raise EnvironmentDifference(
+            f"this process is not like the one that recorded {where}, so nothing in it need be bit"
+            f" for bit what was recorded: {'; '.join(wrong)}. Recreate that environment (on the"
+            " command line, culpa sets by itself what can be set), or pass allow_drift=True"
+            " (--allow-drift), which measures the drift and says so with every number."
+        )
 
 
 @contextmanager
-def as_recorded(recorded: dict[str, str]) -> Generator[None]:
-    """Set what can be set in a running process (threads, determinism, precision); restore after."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    precision = torch.get_float32_matmul_precision()
+def as_recorded(recorded: Mapping[str, str]) -> Generator[None]:
+    """Set what a running process can (threads, determinism, precision, ...); restore after.
+
+    Only what differs is touched.
+
+    Raises:
+        IntegrityError: if a recorded setting is none that exists.
+    """
+    changes = [
+        (f.write, f.read(), _value(f, recorded[f.name]))
+        for f in fields.FIELDS
+        if f.write and f.name in recorded and recorded[f.name] != f.text()
+    ]
     try:
-        torch.set_num_threads(int(recorded.get("threads", threads)))
-        torch.use_deterministic_algorithms(
-            recorded.get("deterministic algorithms", str(deterministic)) == "True"
-        )
-        torch.set_float32_matmul_precision(recorded.get("matmul precision", precision))
+        for write, _, wanted in changes:
+            with suppress(RuntimeError):  # a device that lacks it: it remains a difference
+                write(wanted)
         yield
     finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_float32_matmul_precision(precision)
+        for write, before, _ in reversed(changes):
+            write(before)
+
+
+def _value(field: fields.Field, text: str) -> object:
+    try:
+        return field.value(text)
+    except ValueError as error:
+        expected = ", ".join(field.choices) or f"a number from 1 to {fields.MOST_THREADS}"
+        raise IntegrityError(
+            f"the record says {field.name}: {text[:80]!r}, which is none of {expected}. The folder"
+            " was changed, or a newer culpa made it."
+        ) from error

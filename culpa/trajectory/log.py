@@ -1,11 +1,18 @@
-"""The step log: one SQLite file in which every table is append-only and every step is chained."""
+"""The step log: one SQLite file in which every table is append-only and every step is chained.
+
+``resume`` says where a crashed recording is to go on (resume.py). It is no part of the chain, since
+going on proves it: the updates after the point must come out as recorded. Complete runs have none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from culpa.trajectory import files
 
 SCHEMA = """
 CREATE TABLE layout    (id INTEGER PRIMARY KEY, json BLOB NOT NULL UNIQUE);
@@ -16,33 +23,95 @@ CREATE TABLE example   (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE,
                         layout INTEGER NOT NULL, offset INTEGER NOT NULL, size INTEGER NOT NULL);
 CREATE TABLE step      (k INTEGER PRIMARY KEY, optimizer INTEGER NOT NULL, hypers INTEGER NOT NULL,
                         micro_batches BLOB NOT NULL, detail BLOB NOT NULL, digest BLOB NOT NULL,
-                        fingerprints BLOB NOT NULL, chain BLOB NOT NULL);
+                        fingerprints BLOB NOT NULL, chain BLOB NOT NULL, fields BLOB NOT NULL);
 CREATE TABLE stage     (name TEXT PRIMARY KEY, start INTEGER NOT NULL, stop INTEGER NOT NULL);
 CREATE TABLE state     (k INTEGER PRIMARY KEY, digest BLOB NOT NULL, size INTEGER NOT NULL);
+CREATE TABLE resume    (id INTEGER PRIMARY KEY, content BLOB NOT NULL);
 """
+FOR_RESUMING = ("resume",)
+POINT = 0
+"""The row of ``resume`` that holds the point to go on from."""
+
+
+def draw_id(loop: int, n: int) -> int:
+    """The row of ``resume`` with the generators before the n-th draw of a loop."""
+    return ((loop + 1) << 32) + n
+
+
+def loop_id(loop: int) -> int:
+    """The row of ``resume`` with the end of a loop: after all of its draws."""
+    return ((loop + 2) << 32) - 1
 
 
 def create(path: Path) -> sqlite3.Connection:
     """A new log, write-ahead, used by the writer's thread alone."""
-    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.executescript(SCHEMA)
-    connection.execute("BEGIN")
+    connection = _connect(path)
+    execute(connection, "BEGIN")
+    for statement in SCHEMA.split(";")[:-1]:
+        execute(connection, statement)
     return connection
+
+
+def recover(path: Path) -> None:
+    """Let SQLite roll back what a crash left half done; reading alone cannot."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows(connection, "SELECT count(*) FROM step")
+
+
+def reopen(path: Path) -> sqlite3.Connection:
+    """An existing log to write on; SQLite drops what was not committed."""
+    connection = _connect(path)
+    execute(connection, "BEGIN")
+    return connection
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    execute(connection, "PRAGMA journal_mode=WAL")
+    execute(connection, "PRAGMA synchronous=FULL")
+    return connection
+
+
+def execute(connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()) -> int:
+    """Execute one statement that writes; returns the id of the last row inserted."""
+    return connection.execute(query, tuple(values)).lastrowid or 0
 
 
 def commit(connection: sqlite3.Connection) -> None:
     """Make everything since the last commit durable, and begin anew."""
-    connection.execute("COMMIT")
-    connection.execute("BEGIN")
+    execute(connection, "COMMIT")
+    execute(connection, "BEGIN")
 
 
-def close(connection: sqlite3.Connection) -> None:
-    """Commit, and fold the write-ahead file into the log, so that a run is one plain file."""
-    connection.execute("COMMIT")
-    connection.execute("PRAGMA journal_mode=DELETE")
+def close(connection: sqlite3.Connection, path: Path, *, compact: bool) -> None:
+    """Commit, and fold the write-ahead file into the log, so that it is one plain file.
+
+    ``compact``: leave no space of deleted rows in it, where nobody would notice a change.
+
+    Raises:
+        sqlite3.OperationalError: if somebody reads the log just now and does not end for seconds.
+    """
+    execute(connection, "COMMIT")
+    if compact:
+        with contextlib.suppress(sqlite3.OperationalError):  # no room for a copy: it stays larger
+            execute(connection, "VACUUM")
+    busy = rows(connection, "PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+    if busy:
+        raise sqlite3.OperationalError("the log is being read, so it cannot be closed")
+    with contextlib.suppress(sqlite3.OperationalError):  # somebody has it open; it is whole
+        execute(connection, "PRAGMA busy_timeout=100")
+        execute(connection, "PRAGMA journal_mode=DELETE")
     connection.close()
+    for journal in (f"{path.name}-wal", f"{path.name}-shm"):
+        files.remove(path.with_name(journal))  # empty; no more is written to a closed log
+
+
+def abandon(connection: sqlite3.Connection) -> None:
+    """Close without committing, whatever state the log is in."""
+    with contextlib.suppress(sqlite3.Error):
+        connection.rollback()
+    with contextlib.suppress(sqlite3.Error):
+        connection.close()
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from culpa import tree
-from culpa.errors import ProblemError, RecordError
+from culpa.errors import ProblemError, RecordError, UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory.engine import gather_slots, optimizer_class
 from culpa.trajectory.schema import OptimizerSpec
-from culpa.trajectory.state import State
+from culpa.trajectory.state import State, largest_difference
 from culpa.tree import Slots, Tree
 
 
@@ -70,6 +70,39 @@ class Observer:
             tree.map_values(Tensor.cpu, state.buffers),
             {slot: tree.map_values(Tensor.cpu, values) for slot, values in state.slots.items()},
         )
+
+    def write(self, state: State, frozen: Tree) -> None:
+        """Put the module into a state, in place; a parameter it has not stays as it is."""
+        with torch.no_grad():
+            for name, value in (frozen | state.params).items():
+                self.params[name].copy_(value)
+            for name, value in state.buffers.items():
+                self.buffers[name].copy_(value)
+
+    def require_unchanged(self, last: State, name: str) -> None:
+        """Raise ``RecordError`` unless parameters and buffers are those of ``last``."""
+        live = self.state({n: self.params[n] for n in last.params}, slots=False)
+        where, size = largest_difference(live.flat(), last.flat())
+        if where:
+            raise RecordError(
+                f"before stage {name!r} the tensor {where} differs by up to {size:.3g} from what it"
+                " was after the last update: something changed the model outside of"
+                " optimizer.step(). A replay could not repeat that; record such jobs as runs of"
+                " their own."
+            )
+
+    def followed_by(self, optimizer: torch.optim.Optimizer, held: Collection[str]) -> Observer:
+        """The observer of an optimizer that takes over."""
+        observer = Observer(self.problem, optimizer)
+        outside = sorted(observer.held.keys() - {*held})
+        if outside:
+            raise UnsupportedError(
+                f"the new optimizer trains {outside[0]!r}, which no optimizer held when recording "
+                "began; this version needs every trained parameter in the first optimizer."
+            )
+        if observer.slots():
+            raise RecordError("the new optimizer has state already; pass it before its first step.")
+        return observer
 
     def versions(self) -> dict[str, int]:
         """By held parameter a number that grows with every change in place."""

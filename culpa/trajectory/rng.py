@@ -56,7 +56,24 @@ def restore(state: RandomState) -> None:
     np.random.set_state(numpy_state)  # noqa: NPY002 (the user's own generator)
     torch.set_rng_state(_byte_tensor(state.torch_cpu))
     if state.torch_cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_byte_tensor(s) for s in state.torch_cuda])
+        for device in range(min(len(state.torch_cuda), torch.cuda.device_count())):
+            torch.cuda.set_rng_state(_byte_tensor(state.torch_cuda[device]), device)
+
+
+def check(state: RandomState) -> None:
+    """Raise ``ValueError`` unless every generator takes its state; tried on generators aside."""
+    try:
+        version, words, gauss = msgspec.msgpack.decode(state.python)
+        unpacked = tuple(np.frombuffer(words, dtype=np.uint32).tolist())
+        random.Random().setstate((version, unpacked, gauss))  # noqa: S311 (only to see whether it fits)
+        kind, keys, position, has_gauss, cached = msgspec.msgpack.decode(state.numpy)
+        numpy_state: Any = (kind, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached)
+        np.random.RandomState(0).set_state(numpy_state)
+        if not 0 <= position <= len(numpy_state[1]):  # which NumPy would read beyond
+            raise ValueError(f"position {position}")
+        torch.Generator().set_state(_byte_tensor(state.torch_cpu))
+    except Exception as error:
+        raise ValueError(f"not the state of a generator: {error}") from error
 
 
 def _byte_tensor(data: bytes) -> torch.Tensor:

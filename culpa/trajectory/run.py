@@ -1,79 +1,94 @@
-"""Reading a run folder: what was recorded, as values. Nothing in the folder is ever executed."""
+"""Reading a run: what was recorded, as values. Nothing in the folder is ever executed."""
 
 from __future__ import annotations
 
-import mmap
 import sqlite3
 from bisect import bisect_right
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from torch import Tensor
 
 from culpa import tree
-from culpa.errors import IntegrityError, StageError, StoreError
-from culpa.trajectory import batches, log
-from culpa.trajectory.chain import StepDetail, StoredMicroBatch
+from culpa.errors import CulpaError, IntegrityError, OptionError, StageError, StoreError
+from culpa.trajectory import batches, examples
+from culpa.trajectory.layout import DAMAGED
+from culpa.trajectory.reader import LogReader
 from culpa.trajectory.rng import RandomState
-from culpa.trajectory.schema import FORMAT, Manifest, MicroBatch, OptimizerSpec, Stage, StepRecord
+from culpa.trajectory.schema import (
+    FORMAT,
+    FROZEN_NAME,
+    LOG,
+    MANIFEST,
+    PACK,
+    STATES,
+    Manifest,
+    MicroBatch,
+    Stage,
+    state_name,
+)
+from culpa.trajectory.source import Source, open_source, physical_memory
 from culpa.trajectory.state import State
-from culpa.trajectory.writer import FROZEN, LOG, MANIFEST, PACK, STATES, state_file
+from culpa.trajectory.tables import Tables
 from culpa.tree import Tree
+
+MAX_MANIFEST = 2**26
+"""Bytes of a manifest: a million parameters' names fit."""
 
 
 class Run:
     """A recorded training run. Open one with ``culpa.open_run(path)``."""
 
-    def __init__(self, path: Path, manifest: Manifest, connection: sqlite3.Connection) -> None:
-        self.path = path
+    def __init__(self, source: Source, manifest: Manifest, tables: Tables) -> None:
+        self.source = source
+        self.path = Path(source.where)
         self.manifest = manifest
-        self.connection = connection
-        self.num_steps: int = log.rows(connection, "SELECT count(*) FROM step")[0][0]
+        self.tables = tables
+        self.num_steps = tables.num_steps
         """Number of updates."""
-        found = log.rows(connection, "SELECT name, start, stop FROM stage ORDER BY start")
-        self.stages: tuple[Stage, ...] = tuple(Stage(*row) for row in found)
+        self.stages: tuple[Stage, ...] = tables.stages
         """The stages in order of time, updates ``[start, stop)`` each."""
-        self.kept_states: tuple[int, ...] = tuple(
-            k for (k,) in log.rows(connection, "SELECT k FROM state ORDER BY k")
-        )
+        self.kept_states: tuple[int, ...] = tuple(tables.states)
         """The k whose state s_k (before update k) is on disk; the first and last always are."""
         self.root_digest = manifest.root_digest
         """What to quote of this run in an audit: it changes if any recorded byte does."""
-        self._layouts = {
-            i: msgspec.json.decode(json, type=batches.Layout)
-            for i, json in log.rows(connection, "SELECT id, json FROM layout")
-        }
-        self._optimizers = {
-            i: msgspec.json.decode(json, type=OptimizerSpec)
-            for i, json in log.rows(connection, "SELECT id, json FROM optimizer")
-        }
-        self._hypers = {
-            i: tuple(_tuples(h) for h in msgspec.json.decode(json))
-            for i, json in log.rows(connection, "SELECT id, json FROM hypers")
-        }
-        index = log.rows(connection, "SELECT layout, offset, size FROM example ORDER BY id")
-        self._examples = np.array(index, dtype=np.int64).reshape(-1, 3)
-        with (path / PACK).open("rb") as pack:
-            size = pack.seek(0, 2)
-            self._pack = mmap.mmap(pack.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        self.step = lru_cache(maxsize=4096)(self._step)
+        self.rows: examples.RowStore = (
+            examples.Pack(source, tables.examples[:, 1])
+            if manifest.examples == "stored"
+            else examples.Missing(source.where)
+        )
+        self.step = lru_cache(maxsize=4096)(tables.step)
 
     def __repr__(self) -> str:
         stages = ", ".join(f"{s.name} [{s.start}, {s.stop})" for s in self.stages)
-        return f"Run({str(self.path)!r}, {self.num_steps} updates: {stages})"
+        return f"Run({self.source.where!r}, {self.num_steps} updates: {stages})"
 
     @property
     def num_examples(self) -> int:
         """The number of distinct training examples."""
-        return len(self._examples)
+        return len(self.tables.examples)
 
     @property
     def bytes_on_disk(self) -> int:
         """The size of the folder."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return sum(self.source.files().values())
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """The size of the states, the examples, the log and the manifest."""
+        parts = {"states": 0, "examples": 0, "log": 0, "manifest": 0}
+        for name, size in self.source.files().items():
+            if name.startswith(f"{STATES}/"):
+                parts["states"] += size
+            elif name == PACK:
+                parts["examples"] += size
+            elif name.startswith(LOG):
+                parts["log"] += size
+            elif name == MANIFEST:
+                parts["manifest"] += size
+        return parts
 
     def stage(self, name: str) -> Stage:
         """The stage by that name; raises ``StageError`` listing those that exist."""
@@ -101,15 +116,15 @@ class Run:
 
     def frozen_parameters(self) -> Tree:
         """The parameters that no optimizer held."""
-        return self._read_state(self.path / STATES / f"{FROZEN}.safetensors").params
+        return self._read_state(FROZEN_NAME).params
 
     def state(self, k: int) -> State:
         """A kept state; raises ``StoreError`` for one that is not kept."""
-        if k not in self.kept_states:
+        if k not in self.tables.states:
             raise StoreError(
                 f"s_{k} is not kept in {self.path}; nearest before it: {self.kept_before(k)}."
             )
-        return self._read_state(state_file(self.path, k))
+        return self._read_state(state_name(k))
 
     def kept_before(self, k: int) -> int:
         """The largest kept index <= k."""
@@ -121,13 +136,24 @@ class Run:
 
     def batches_of(self, k: int) -> list[Any]:
         """The micro-batches of update k, as the loader yielded them."""
-        return [self._batch(micro) for micro in self.step(k).micro_batches]
+        return [self._batch(k, micro) for micro in self.step(k).micro_batches]
 
     def randoms_of(self, k: int) -> list[RandomState | None]:
         """The generators before each micro-batch's forward, where they were disturbed."""
-        return [self._random(micro.random) for micro in self.step(k).micro_batches]
+        return [
+            None if micro.random is None else self.tables.random(micro.random)
+            for micro in self.step(k).micro_batches
+        ]
 
-    def verify(self, problem: Any = None, level: str = "digest", progress: Any = None) -> None:
+    def verify(
+        self,
+        problem: Any = None,
+        level: str = "digest",
+        progress: Any = None,
+        *,
+        sample: int | None = None,
+        root_digest: str | None = None,
+    ) -> Any:
         """Prove that the folder holds what was recorded.
 
         Args:
@@ -136,98 +162,117 @@ class Run:
                 ``"replay"`` also executes every update again and compares bit for bit (about the
                 cost of training).
             progress: see ``culpa.progress``.
+            sample: with ``level="replay"``, execute only so many segments between kept states,
+                chosen at random, anew at each call.
+            root_digest: the digest that was quoted of the run elsewhere. Without it the folder is
+                compared with itself only: somebody could have replaced all of it.
+
+        Returns:
+            A ``Verified`` (trajectory/verify.py): what was checked. An unfinished run (a crash)
+            has no root digest; ``Verified.finished`` tells.
 
         Raises:
             IntegrityError: naming the file, update and field that is wrong.
         """
         from culpa.trajectory.verify import verify_run  # verify reads runs: avoid a cycle
 
-        verify_run(self, problem, level, progress)
+        return verify_run(self, problem, level, progress, sample, root_digest)
 
-    def _read_state(self, path: Path) -> State:
+    def _read_state(self, name: str) -> State:
         try:
-            return State.decode(path.read_bytes())
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{path} is missing, though the log names it.") from error
+            data = self.source.read(name)
+            if len(data) > physical_memory():
+                raise IntegrityError(f"it has {len(data)} bytes, more than this machine's memory")
+            return State.decode(data)
+        except CulpaError as error:
+            raise _about(self.source, name, error) from error
 
-    def _step(self, k: int) -> StepRecord:
-        query = (
-            "SELECT optimizer, hypers, micro_batches, detail, digest, fingerprints FROM step WHERE"
-            " k = ?"
-        )
-        found = log.rows(self.connection, query, (k,))
-        if not found:
-            raise StoreError(f"{self.path} has updates 0 to {self.num_steps - 1}; got {k}.")
-        optimizer, hypers, micro, detail, digest, fingerprints = found[0]
-        facts = msgspec.json.decode(detail, type=StepDetail)
-        return StepRecord(
-            index=k,
-            optimizer=self._optimizers[optimizer],
-            hypers=self._hypers[hypers],
-            micro_batches=tuple(
-                MicroBatch(layout, _ids(ids), random, placements)
-                for layout, ids, random, placements in msgspec.msgpack.decode(
-                    micro, type=list[StoredMicroBatch]
-                )
-            ),
-            digest=digest,
-            fingerprints=fingerprints,
-            **msgspec.structs.asdict(facts),
-        )
-
-    def _batch(self, micro: MicroBatch) -> Any:
-        layout = self._layouts[micro.layout]
-        where = self._examples[list(micro.rows)]
-        size = batches.row_bytes(layout.root)
-        if (where[:, 0] != micro.layout).any() or (where[:, 2] != size).any():
-            raise IntegrityError(f"a batch in {self.path} mixes rows of different layouts.")
-        if len(where) and int(where[:, 1].max()) + size > len(self._pack):
-            raise IntegrityError(f"{self.path / PACK} is shorter than the log says.")
-        rows = np.empty((len(where), size), dtype=np.uint8)
-        for at, offset in enumerate(where[:, 1].tolist()):
-            rows[at] = np.frombuffer(self._pack, dtype=np.uint8, count=size, offset=offset)
-        return batches.decode(layout, rows, micro.placements)
-
-    def _random(self, number: int | None) -> RandomState | None:
-        if number is None:
-            return None
-        found = log.rows(self.connection, "SELECT state FROM random WHERE id = ?", (number,))
-        if not found:
-            raise IntegrityError(f"{self.path / LOG} names random state {number}, which it lacks.")
-        return RandomState.decode(found[0][0])
+    def _batch(self, k: int, micro: MicroBatch) -> Any:
+        layout = self.tables.layouts[micro.layout]
+        rows = self.rows.rows(micro.rows, batches.row_bytes(layout.root))
+        try:
+            return batches.decode(layout, rows, micro.placements)
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise IntegrityError(
+                f"{self.source.where}: update {k}: its batch cannot be put together: {error}"
+            ) from error
 
 
-def _ids(packed: bytes) -> tuple[int, ...]:
-    return tuple(np.frombuffer(packed, dtype="<u4").tolist())
+def _about(source: Source, name: str, error: CulpaError) -> CulpaError:
+    """The error with the file's name, unless it has it."""
+    where = f"{source.where}/{name}"
+    return error if where in str(error) else IntegrityError(f"{where} is damaged: {error}.")
 
 
-def _tuples(hyper: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; ``torch.optim`` expects betas as one."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in hyper.items()}
+def open_run(
+    path: str | Path,
+    *,
+    examples: Any = None,
+    collate: examples.Collate | None = None,
+) -> Run:
+    """Open a run for reading.
 
-
-def open_run(path: str | Path) -> Run:
-    """Open a run folder for reading.
+    Args:
+        path: the folder, or an address that fsspec knows, such as ``"s3://bucket/run"``: then only
+            what is needed is fetched.
+        examples: for a run recorded with ``examples="reference"``, the data: an iterable of
+            batches collated as they were when recording or, with ``collate``, a map-style data
+            set. Every recorded row is looked up in it by digest.
+        collate: makes a batch of a list of items, as ``torch.utils.data.default_collate`` does.
 
     Raises:
         StoreError: if ``path`` is no run folder, or one of another format version.
+        IntegrityError: if something in it is not as culpa writes it, or a training example is not
+            in ``examples``.
     """
-    folder = Path(path)
-    file = folder / MANIFEST
-    if not file.is_file():
+    source = open_source(path)
+    manifest = read_manifest(source)
+    try:
+        run = Run(source, manifest, Tables(LogReader(source, finished=manifest.finished), manifest))
+    except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
+        raise StoreError(f"{source.where} cannot be read as a culpa run: {error}.") from error
+    if examples is not None:
+        run.rows = _given(run, examples, collate)
+    return run
+
+
+def read_manifest(source: Source) -> Manifest:
+    """The manifest; raises ``StoreError`` if there is none that this version reads."""
+    file = f"{source.where}/{MANIFEST}"
+    folder = Path(source.where)
+    if "://" not in source.where and not (folder / MANIFEST).exists():
         what = "an existing folder" if folder.is_dir() else "nothing that exists"
         raise StoreError(
             f"{folder} is no culpa run: it is {what} without a {MANIFEST}. Pass the path that was "
             "given to culpa.record."
         )
+    data = source.read(MANIFEST)
+    if len(data) > MAX_MANIFEST:
+        raise StoreError(f"{file} has {len(data)} bytes; {MAX_MANIFEST} is the most allowed.")
     try:
-        version = msgspec.json.decode(file.read_bytes()).get("format")
+        version = msgspec.json.decode(data).get("format")
         if version != FORMAT:
             raise StoreError(f"{file} has format {version!r}; this culpa reads format {FORMAT}.")
-        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
-        return Run(folder, manifest, log.open_readonly(folder / LOG))
-    except (msgspec.MsgspecError, AttributeError, sqlite3.Error, OSError) as error:
-        raise StoreError(f"{folder} cannot be read as a culpa run: {error}.") from error
+        return msgspec.json.decode(data, type=Manifest)
+    except (*DAMAGED, AttributeError) as error:
+        raise StoreError(f"{file} cannot be read as a culpa run's: {error}.") from error
+
+
+def _given(run: Run, data: Any, collate: examples.Collate | None) -> examples.RowStore:
+    wanted = {digest: number for number, digest in enumerate(run.tables.digests())}
+    layouts = {layout.encode() for layout in run.tables.layouts}
+    if collate is not None:
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise OptionError(
+                f"open_run(collate=...) goes with a map-style data set, got {type(data).__name__}."
+            )
+        return examples.FromDataset(wanted, layouts, data, collate, run.source.where)
+    if not isinstance(data, Iterable):
+        raise OptionError(
+            f"open_run(examples=...) is an iterable of batches, got {type(data).__name__}; with a"
+            " map-style data set pass collate= too."
+        )
+    return examples.FromBatches(wanted, layouts, data, run.source.where)
 
 
 def same_model(run: Run, params: dict[str, Tensor]) -> list[str]:

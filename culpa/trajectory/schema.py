@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 FORMAT = 1
 """Version of the run folder; a reader refuses any other."""
+MANIFEST, LOG, PACK, STATES, FROZEN = (
+    "culpa.json",
+    "log.sqlite",
+    "examples.pack",
+    "states",
+    "frozen",
+)
+"""The files of a run folder."""
+FINISHED = ("complete", "interrupted")
+"""The status of runs that were closed; others have no root digest."""
+
+Hyper = bool | int | float | str | tuple[bool | int | float | str | None, ...] | None
+"""What a hyperparameter may be."""
+Described = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_]+ \[[0-9, ]*\]$")]
+"""dtype and shape of a tensor, as ``"float32 [128, 64]"``."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+def state_name(index: int) -> str:
+    """The file of s_index, relative to the folder."""
+    return f"{STATES}/{index:09d}.safetensors"
+
+
+FROZEN_NAME = f"{STATES}/{FROZEN}.safetensors"
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -34,7 +58,7 @@ class Group(msgspec.Struct, frozen=True):
     hyper: dict[str, Any]
 
 
-class OptimizerSpec(msgspec.Struct, frozen=True):
+class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which optimizer made an update, by torch class name, and which parameters it held."""
 
     name: str
@@ -91,24 +115,35 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(name for names in self.optimizer.groups for name in names)
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``culpa.json``: what the folder is, written last of all."""
 
     format: int = FORMAT
     culpa_version: str
     created: str
-    status: str
-    """"recording" (also after a crash), "interrupted", "truncated" or "complete"."""
+    status: Literal["recording", "interrupted", "truncated", "complete"]
+    """"recording" also after a crash; "truncated": recording failed and training went on."""
     environment: dict[str, str]
-    parameters: dict[str, str]
+    parameters: dict[str, Described]
     """Name -> dtype and shape, as ``"float32 [128, 64]"``, of every parameter of the model."""
-    buffers: dict[str, str]
+    buffers: dict[str, Described]
     frozen: tuple[str, ...]
     """Parameters that no optimizer held: kept once."""
-    num_steps: int = 0
-    root_digest: str = ""
-    """Hexadecimal; of a complete run only."""
+    examples: Literal["stored", "reference"] = "stored"
+    """Whether the rows of batches are in the folder, or only their digests."""
+    num_steps: Count = 0
+    root_digest: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    """Hexadecimal; of a finished run only."""
     reason: str = ""
     """Why a run is interrupted or truncated."""
-    plain_seconds: float = 0.0
+    plain_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Wall time of the updates themselves, for forecasts."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was closed and so has a root digest."""
+        return self.status in FINISHED or self.root_digest != ""
+
+    def encode(self) -> bytes:
+        """The bytes of the file of a finished run."""
+        return msgspec.json.format(msgspec.json.encode(self))

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from culpa import tree
 from culpa.errors import IntegrityError
-from culpa.trajectory import digest
+from culpa.trajectory import digest, tensors
 from culpa.tree import Slots, Tree
 
 
@@ -56,9 +55,7 @@ class State:
             elif kind == "slots" and slot and held:
                 state.slots.setdefault(slot, {})[held] = value
             else:
-                raise IntegrityError(
-                    f"a state's file holds a tensor {path!r} that is no part of one."
-                )
+                raise IntegrityError(f"it holds a tensor {path!r} that is no part of a state")
         return state
 
     def digest(self) -> bytes:
@@ -83,14 +80,9 @@ class State:
         return save_tensors({n: v.detach().cpu().contiguous() for n, v in self.flat().items()})
 
     @classmethod
-    def decode(cls, data: bytes) -> State:
-        """Read a state's file; raises ``IntegrityError`` if it is not safetensors."""
-        try:
-            return cls.unflatten(load_tensors(data))
-        except IntegrityError:
-            raise
-        except Exception as error:
-            raise IntegrityError(f"a state's file is damaged: {error}") from error
+    def decode(cls, data: bytes | memoryview) -> State:
+        """Read a state's file; raises ``IntegrityError`` if it is not one."""
+        return cls.unflatten(tensors.load(memoryview(data)))
 
 
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[str, float]:

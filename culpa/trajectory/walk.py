@@ -11,6 +11,7 @@ from culpa.errors import IntegrityError, ProblemError
 from culpa.problem import Problem
 from culpa.trajectory import digest, environment, rng
 from culpa.trajectory.engine import Engine, borrowed
+from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.run import Run, same_model
 from culpa.trajectory.schema import StepRecord
@@ -64,11 +65,14 @@ class Randomness:
 
 
 @contextmanager
-def session(run: Run, problem: Problem) -> Generator[Engine]:
+def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[Engine]:
     """An engine on the problem's module under the run's recorded settings; all restored after.
+
+    With ``allow_drift`` nothing is refused for not being bitwise; ``engine.fidelity`` measures it.
 
     Raises:
         ProblemError: if the model's parameters are not those of the run.
+        EnvironmentDifference: if the process differs from the recording one in what cannot be set.
     """
     wrong = same_model(run, dict(problem.model.named_parameters()))
     if wrong:
@@ -76,10 +80,16 @@ def session(run: Run, problem: Problem) -> Generator[Engine]:
             f"the model is not the one recorded in {run.path}: {'; '.join(wrong[:5])}. Build it as "
             "the training script did."
         )
-    with environment.as_recorded(run.manifest.environment), borrowed(problem.model):
-        engine = Engine(problem)
-        engine.load(State(run.frozen_parameters()))
-        yield engine
+    recorded, tensors = run.manifest.environment, list(problem.model.parameters())
+    with environment.as_recorded(recorded):
+        here = environment.capture(tensors)
+        if not allow_drift:
+            environment.require_same(recorded, here, str(run.path))
+        same = not any(d.matters for d in environment.compare(recorded, here))
+        with borrowed(problem.model):
+            engine = Engine(problem, Fidelity(allow_drift, same))
+            engine.load(State(run.frozen_parameters()))
+            yield engine
 
 
 def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transition]:
@@ -89,7 +99,8 @@ def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transi
     its tensors as they are. Memory: three states.
 
     Raises:
-        IntegrityError: at the first update whose result is not the recorded one, bit for bit.
+        IntegrityError: at the first update whose result is not the recorded one, bit for bit,
+            unless the session allows drift.
     """
     at = run.kept_before(start)
     state, randomness = run.state(at), Randomness()
@@ -123,29 +134,28 @@ def backward(run: Run, engine: Engine, start: int = 0) -> Iterator[Transition]:
 def check_step(
     run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness
 ) -> None:
-    """Raise unless ``after`` is what the record says followed update k, bit for bit."""
+    """Raise unless ``after`` is what the record says followed update k, bit for bit.
+
+    A session that allows drift measures it instead, at the states that the record keeps.
+    """
     digests = after.step_digests()
-    if digest.combine(digests) == record.digest:
+    same, fidelity = digest.combine(digests) == record.digest, engine.fidelity
+    fidelity.exact = fidelity.exact and (same or not fidelity.allow_drift)
+    if not fidelity.exact and record.index + 1 in run.kept_states:
+        fidelity.measure(after, run.state(record.index + 1))
+    if same or fidelity.allow_drift:
         return
     size = digest.FINGERPRINT_BYTES
     recorded = [record.fingerprints[i : i + size] for i in range(0, len(record.fingerprints), size)]
     names = after.step_names()
     wrong = [n for n, d, f in zip(names, digests, recorded, strict=False) if d[:size] != f]
     shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-    drift = environment.differences(run.manifest.environment, environment.capture())
-    because = (
-        f"This process differs from the recording one ({'; '.join(drift)})."
-        if drift
-        else (
-            "Usual causes: a loss or data pipeline that is not the recorded one, an undeclared "
-            "clip_grad_norm_, weights edited between updates, or randomness drawn elsewhere."
-        )
-    )
     raise IntegrityError(
         f"update {record.index} of {run.path} does not reproduce: the replay differs from the"
         " record in"
         f" {shown or 'its set of tensors'}{_how_much(run, engine, record, after, randomness)}."
-        f" {because}"
+        " Usual causes: a loss or data pipeline that is not the recorded one, an undeclared"
+        " clip_grad_norm_, weights edited between updates, or randomness drawn elsewhere."
     )
 
 

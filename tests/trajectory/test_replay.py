@@ -752,6 +752,12 @@ def clamped(model: nn.Module, optimizer: Optimizer, batch: Any, k: int) -> None:
         p.data.clamp_(-0.1, 0.1)
 
 
+def coasting_stopped(model: nn.Module, optimizer: Optimizer, batch: Any, k: int) -> None:
+    honest(model, optimizer, batch, k)
+    for state in optimizer.state.values():
+        state["momentum_buffer"].zero_()
+
+
 def disturbed(model: nn.Module, optimizer: Optimizer, batch: Any, k: int) -> None:
     torch.rand(1)  # after the batch was fetched, before the masks are drawn
     optimizer.zero_grad()
@@ -834,7 +840,9 @@ def test_weights_edited_between_updates_are_refused(between: bool, tmp_path: Pat
     assert re.search(PLAIN_NAMES, message), message
 
 
-@pytest.mark.parametrize("wrong", [clamped, accumulated], ids=lambda step: step.__name__)
+@pytest.mark.parametrize(
+    "wrong", [clamped, accumulated, coasting_stopped], ids=lambda step: step.__name__
+)
 def test_what_only_later_updates_do_is_refused_at_the_latest_by_verify(
     wrong: Step, tmp_path: Path
 ) -> None:

@@ -1,0 +1,1 @@
+"""Runs known by the checkpoints at their stages' ends only, without a recording."""

@@ -1,0 +1,20 @@
+"""What ``culpa.record`` was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from culpa.trajectory.checkpoints import CheckpointPolicy
+from culpa.trajectory.durability import Durability
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one recording; see ``culpa.record``."""
+
+    policy: CheckpointPolicy
+    durability: Durability
+    clip_grad_norm: float | None = None
+    scheduler: Any = None
+    strict: bool = False

@@ -1,0 +1,300 @@
+"""The files of a recording, written one update after another.
+
+culpa.json                    the manifest, replaced whole; a folder without it is no run yet
+log.sqlite                    steps, stages, layouts, hyperparameters, generators (log.py)
+examples.pack                 the bytes of every distinct row of every batch, end to end
+states/000000042.safetensors  a kept state s_42; states/frozen.safetensors what never trains
+
+After a crash the log is what it was at the last commit. The pack may be longer than the log says
+and states may lie there that it does not name; both are dropped when the recording goes on. The
+pack is flushed, and a state's file is complete, before a commit names them.
+
+A run that was not closed has no root digest. Its chain still stands for all of it up to the last
+committed update, and its kept states are those that the log names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from culpa.trajectory import digest, files, log
+from culpa.trajectory.batches import EncodedBatch
+from culpa.trajectory.chain import (
+    ChainedMicroBatch,
+    StepDetail,
+    StoredMicroBatch,
+    field_fingerprints,
+    link_content,
+    root_digest,
+)
+from culpa.trajectory.checkpoints import CheckpointPolicy
+from culpa.trajectory.point import LoopEnd, Point
+from culpa.trajectory.rng import RandomState
+from culpa.trajectory.rows import RowIndex
+from culpa.trajectory.schema import (
+    FROZEN_NAME,
+    LOG,
+    MANIFEST,
+    PACK,
+    STATES,
+    Manifest,
+    OptimizerSpec,
+    Stage,
+    state_name,
+)
+from culpa.trajectory.state import State
+
+LARGE_STATE = 2**24  # bytes; the updates before such a state are committed before it is written
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One applied update on its way to the disk. ``after.slots`` is filled if ``keep``."""
+
+    index: int
+    stage: Stage
+    optimizer: OptimizerSpec
+    hypers: bytes
+    batches: Sequence[tuple[EncodedBatch, RandomState | None]]
+    detail: StepDetail
+    after: State
+    keep: bool
+    draws: Sequence[tuple[int, int, RandomState]] = ()
+    """Loop, number of the batch, and the generators before it was drawn, where drawing moved
+    them."""
+    point: Point | None = None
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A state to keep at a boundary of stages, its slots included."""
+
+    index: int
+    state: State
+
+
+class Store:
+    """One run folder being written. Errors of disk and database come through as they are."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, connection: sqlite3.Connection, pack: FileIO
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.num_steps = self.committed = 0
+        self.dirty = False
+        self._log = connection
+        self._link = bytes(digest.DIGEST_BYTES)
+        self._ids: dict[str, dict[bytes, int]] = {t: {} for t in ("layout", "optimizer", "hypers")}
+        self._rows = RowIndex(connection, pack, stored=manifest.examples == "stored")
+        self._stage: Stage | None = None
+        self.kept: set[int] = set()
+
+    @classmethod
+    def create(cls, folder: Path, manifest: Manifest, initial: State, frozen: State) -> Store:
+        """A new folder, with the manifest last: before it is there, nothing was recorded."""
+        files.make_folder(folder / STATES)
+        files.write_durably(folder / FROZEN_NAME, frozen.encode())
+        with contextlib.ExitStack() as undo:
+            undo.callback(log.abandon, connection := log.create(folder / LOG))
+            undo.callback((pack := files.open_new(folder / PACK)).close)
+            store = cls(folder, manifest, connection, pack)
+            store.keep(0, initial, None)
+            store.commit()
+            files.flush_folder(folder)
+            store._write_manifest()
+            undo.pop_all()
+        return store
+
+    @classmethod
+    def reopen(cls, folder: Path, manifest: Manifest) -> Store:
+        """A folder to go on with, back at its last commit."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(log.abandon, connection := log.reopen(folder / LOG))
+            end = log.rows(connection, "SELECT max(offset + size) FROM example")[0][0] or 0
+            undo.callback((pack := files.open_at(folder / PACK, max(end, 0))).close)
+            store = cls(folder, manifest, connection, pack)
+            store._load()
+            store._remove_orphans()
+            store._write_manifest()
+            undo.pop_all()
+        return store
+
+    def _load(self) -> None:
+        for table, known in self._ids.items():
+            known.update(log.rows(self._log, f"SELECT json, id FROM {table}"))
+        self._rows.load()
+        found = log.rows(self._log, "SELECT k + 1, chain FROM step ORDER BY k DESC LIMIT 1")
+        if found:
+            self.num_steps, self._link = found[0]
+        self.committed = self.num_steps
+        self.kept = {k for (k,) in log.rows(self._log, "SELECT k FROM state")}
+
+    def append(self, commit: Commit, policy: CheckpointPolicy) -> None:
+        """Write one update; durable with the next commit."""
+        self.dirty = True
+        digests = commit.after.step_digests()
+        step = digest.combine(digests)
+        fingerprints = b"".join(d[: digest.FINGERPRINT_BYTES] for d in digests)
+        optimizer, detail = (
+            msgspec.json.encode(commit.optimizer),
+            msgspec.json.encode(commit.detail),
+        )
+        stored: list[StoredMicroBatch] = []
+        chained: list[ChainedMicroBatch] = []
+        for batch, random in commit.batches:
+            layout = batch.layout.encode()
+            number = self._id("layout", layout)
+            ids, row_digests = self._rows.find(layout, number, batch.rows)
+            encoded = random.encode() if random is not None else None
+            stored.append(
+                (number, ids.astype("<u4").tobytes(), self._random(encoded), batch.placements)
+            )
+            random_digest = blake3(encoded).digest() if encoded else None
+            chained.append((layout, row_digests, random_digest, batch.placements))
+        content = link_content(
+            commit.index, optimizer, commit.hypers, chained, detail, step, fingerprints
+        )
+        self._link = digest.chain(self._link, content)
+        values = (
+            commit.index,
+            self._id("optimizer", optimizer),
+            self._id("hypers", commit.hypers),
+            msgspec.msgpack.encode(stored),
+            detail,
+            step,
+            fingerprints,
+            self._link,
+            field_fingerprints(content),
+        )
+        self._insert("INTO step VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        for loop, number, random in commit.draws:
+            self._resume(log.draw_id(loop, number), random.encode())
+        if commit.point is not None:
+            self._resume(log.POINT, commit.point.encode())
+        if self._stage is None or commit.stage.name != self._stage.name:
+            self._write_stage()
+        self._stage = commit.stage
+        self.num_steps = commit.index + 1
+        if commit.keep:
+            self.keep(self.num_steps, commit.after, policy)
+
+    def end_loop(self, end: LoopEnd) -> None:
+        """A loop over batches ended."""
+        self.dirty = True
+        for number, random in end.drawn:
+            self._resume(log.draw_id(end.number, number), random.encode())
+        self._resume(log.loop_id(end.number), end.encode())
+
+    def keep(self, index: int, state: State, policy: CheckpointPolicy | None) -> None:
+        """Write a state, and drop those that the policy no longer wants."""
+        if index in self.kept:
+            return
+        path, data = self.folder / state_name(index), state.encode()
+        if self.dirty and len(data) >= LARGE_STATE:
+            self.commit()
+        files.write_durably(path, data)
+        self._insert("INTO state VALUES (?, ?, ?)", (index, state.digest(), len(data)))
+        self.kept.add(index)
+        self.dirty = True
+        drop = [k for k in self.kept - {0, index} if policy and policy.obsolete(k, index)]
+        if drop:
+            for k in drop:
+                log.execute(self._log, "DELETE FROM state WHERE k = ?", (k,))
+            self.commit()  # the log must not name a state whose file is gone
+            for k in drop:
+                self.kept.remove(k)
+                files.remove(self.folder / state_name(k))
+
+    def commit(self) -> None:
+        """Make everything so far durable."""
+        self._rows.flush()  # rows first: the log must not name bytes that are not there
+        self._write_stage()
+        log.commit(self._log)
+        self.committed, self.dirty = self.num_steps, False
+
+    def finish(self, final: State | None, status: str, reason: str, seconds: float) -> None:
+        """Write the final state, close the log, and last of all the manifest with the root."""
+        if final is not None:
+            self.keep(self.num_steps, final, None)
+        if status == "complete":
+            log.execute(self._log, "DELETE FROM resume")
+        self._write_stage()
+        self._rows.flush()
+        self._rows.close()
+        stages = [
+            Stage(*row)
+            for row in log.rows(self._log, "SELECT name, start, stop FROM stage ORDER BY start")
+        ]
+        states = log.rows(self._log, "SELECT k, digest FROM state ORDER BY k")
+        log.close(self._log, self.folder / LOG, compact=status == "complete")
+        self._remove_orphans()
+        if status == "recording":
+            return
+        frozen = State.decode((self.folder / FROZEN_NAME).read_bytes()).digest()
+        self.manifest = msgspec.structs.replace(
+            self.manifest,
+            status=status,
+            reason=reason,
+            num_steps=self.num_steps,
+            plain_seconds=seconds,
+        )
+        root = root_digest(self.manifest, self._link, stages, states, frozen)
+        self.manifest = msgspec.structs.replace(self.manifest, root_digest=root)
+        self._write_manifest()
+
+    def truncate(self, reason: str) -> None:
+        """Give up: back to the last commit, and say why in the manifest."""
+        log.abandon(self._log)
+        self._rows.close()
+        self.manifest = msgspec.structs.replace(self.manifest, status="truncated", reason=reason)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        files.write_durably(self.folder / MANIFEST, self.manifest.encode())
+
+    def _write_stage(self) -> None:
+        if self._stage is not None:
+            stage = self._stage
+            self._insert(
+                "OR REPLACE INTO stage VALUES (?, ?, ?)", (stage.name, stage.start, stage.stop)
+            )
+
+    def _remove_orphans(self) -> None:
+        """Temporary files, and states that a crash left behind before the log named them."""
+        named = {self.folder / name for name in (FROZEN_NAME, *map(state_name, self.kept))}
+        for path in sorted({*(self.folder / STATES).iterdir()} - named):
+            files.remove(path)
+        files.remove(self.folder / f"{MANIFEST}.tmp")
+
+    def _insert(self, rest: str, values: Sequence[object]) -> int:
+        return log.execute(self._log, f"INSERT {rest}", values)
+
+    def _resume(self, *row: int | bytes) -> None:
+        self._insert("OR REPLACE INTO resume VALUES (?, ?)", row)
+
+    def _id(self, table: str, content: bytes) -> int:
+        known = self._ids[table]
+        if content not in known:
+            known[content] = len(known)
+            self._insert(f"INTO {table} VALUES (?, ?)", (known[content], content))
+        return known[content]
+
+    def _random(self, encoded: bytes | None) -> int | None:
+        insert = "INTO random (state) VALUES (?)"
+        return None if encoded is None else self._insert(insert, (encoded,))
+
+
+def file_size(state: State) -> int:
+    """The bytes of a state's file, without making it: tensors, and their names and shapes."""
+    flat = state.flat()
+    header = sum(len(name) + 80 + 12 * value.ndim for name, value in flat.items())
+    return 16 + header + sum(value.nbytes for value in flat.values())

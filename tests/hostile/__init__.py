@@ -1,0 +1,1 @@
+"""Folders that somebody damaged or forged, and what the reader says to them."""

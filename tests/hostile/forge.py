@@ -1,0 +1,159 @@
+"""A small honest run, and ways to change it that a forger or a failing disk would find."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import culpa
+from culpa.trajectory import chain, digest, tensors
+from culpa.trajectory.schema import FROZEN_NAME, LOG, MANIFEST, state_name
+
+UPDATES = 6
+
+
+class Net(nn.Module):
+    """Trained, frozen, normalised and random parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.25)
+        self.head = nn.Linear(4, 2)
+        self.embed.weight.requires_grad_(False)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return self.head(self.drop(torch.tanh(self.norm(self.embed(batch["x"])))))
+
+
+def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch), batch["y"])
+
+
+def rows(count: int = 9) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        {"x": torch.randn(3, generator=generator), "y": torch.tensor(i % 2)} for i in range(count)
+    ]
+
+
+def problem() -> culpa.Problem:
+    torch.manual_seed(3)
+    return culpa.Problem(Net(), loss)
+
+
+def record(path: Path, **options: Any) -> culpa.Run:
+    """Two stages of three updates of three rows each; the second sees the same rows again."""
+    task = problem()
+    model = task.model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    with culpa.record(path, task, optimizer, checkpoints=culpa.Every(2), **options) as recorder:
+        for name in ("first", "second"):
+            loader = DataLoader(rows(), batch_size=3, shuffle=True)  # type: ignore[arg-type]
+            with recorder.stage(name):
+                for batch in recorder.batches(loader):
+                    optimizer.zero_grad()
+                    loss(model, batch).backward()
+                    optimizer.step()
+    return culpa.open_run(path)
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(run, to, symlinks=True)
+    return to
+
+
+def examine(path: Path) -> None:
+    """Everything a reader can ask of a run; what a hostile one must not survive silently."""
+    run = culpa.open_run(path)
+    run.verify()
+
+
+def walk(path: Path) -> None:
+    """Everything that a replay would read, without verifying first."""
+    run = culpa.open_run(path)
+    run.final_state()
+    run.final_buffers()
+    run.frozen_parameters()
+    for k in run.kept_states:
+        run.state(k)
+    for k in range(run.num_steps):
+        run.step(k)
+        run.batches_of(k)
+        run.randoms_of(k)
+        run.example_ids(k)
+
+
+def sql(path: Path, *statements: str, values: tuple[Any, ...] = ()) -> None:
+    """Execute statements on the log of a run, whatever it declares."""
+    connection = sqlite3.connect(path / LOG)
+    with connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        for statement in statements:
+            connection.execute(statement, values if "?" in statement else ())
+    connection.close()
+
+
+def edit_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change fields of the manifest, in the form that culpa writes it in."""
+    fields = msgspec.json.decode((path / MANIFEST).read_bytes())
+    change(fields)
+    (path / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(fields)))
+
+
+def flip(file: Path, at: int, mask: int = 0xFF) -> None:
+    """Invert bits of one byte in place."""
+    with file.open("r+b") as handle:
+        handle.seek(at)
+        old = handle.read(1)[0]
+        handle.seek(at)
+        handle.write(bytes([old ^ mask]))
+
+
+def contents(log: Path) -> list[Any]:
+    """All that any query of a log can answer; ``[error]`` where it cannot."""
+    connection = sqlite3.connect(f"{log.as_uri()}?mode=ro&immutable=1", uri=True)
+    connection.text_factory = bytes
+    try:
+        found: list[Any] = connection.execute("SELECT * FROM sqlite_schema").fetchall()
+        for (table,) in connection.execute(
+            "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name"
+        ).fetchall():
+            found.append(connection.execute(f"SELECT * FROM {table.decode()}").fetchall())
+            first = connection.execute(f"PRAGMA table_info({table.decode()})").fetchone()[1]
+            for row in connection.execute(f"SELECT * FROM {table.decode()}").fetchall():
+                query = f"SELECT * FROM {table.decode()} WHERE {first.decode()} = ?"
+                key = row[0].decode() if isinstance(row[0], bytes) else row[0]
+                found.append(connection.execute(query, (key,)).fetchall())
+        found.append(connection.execute("PRAGMA integrity_check").fetchall())
+    except sqlite3.Error as error:
+        found = [str(error)]
+    connection.close()
+    return found
+
+
+def reseal(path: Path) -> None:
+    """Compute the root digest again: what a forger does who knows the format, links kept."""
+    run = culpa.open_run(path)
+    states = []
+    for k in run.kept_states:
+        data = memoryview((path / state_name(k)).read_bytes())
+        found = {n: tensors.entry_digest(n, e, raw) for n, e, raw in tensors.entries(data)}
+        states.append((k, digest.combine(found[n] for n in sorted(found))))
+    frozen = memoryview((path / FROZEN_NAME).read_bytes())
+    held = {n: tensors.entry_digest(n, e, raw) for n, e, raw in tensors.entries(frozen)}
+    link = run.tables.log.row("step", run.num_steps - 1)[7]
+    root = chain.root_digest(
+        run.manifest, link, run.stages, states, digest.combine(held[n] for n in sorted(held))
+    )
+    edit_manifest(path, lambda fields: fields.update(root_digest=root))
