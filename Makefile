@@ -49,10 +49,13 @@ contracts: $(DEV)/.installed  ## import-linter: imports point one way
 	$(DEV)/bin/lint-imports --no-logo
 
 unit: $(DEV)/.installed  ## pytest, with the README's example
-	$(DEV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	$(DEV)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(PYTEST_FLAGS)
 
 bench: $(DEV)/.installed  ## what recording costs (three minutes): benchmarks/results/recording.json
 	$(DEV)/bin/python benchmarks/recording.py
+
+slow: $(DEV)/.installed  ## the long ones: hundreds of kills, every fault in turn
+	$(DEV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
 
 clean:  ## remove environments, caches, build output and the demo's folder
 	rm -rf $(DEV) $(DEMO) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
