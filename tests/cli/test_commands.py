@@ -248,11 +248,18 @@ def test_verify(ask: Ask) -> None:
         assert answer.code == 0
         assert f"root digest {run.root_digest}" in " ".join(answer.out.split())
         facts = json.loads(ask("verify", "run", "--json", *extra).out)
+        executed = run.num_steps if level == "replay" else 0
+        assert facts.pop("bytes_hashed") > 0
         assert facts == {
             "run": "run",
             "level": level,
             "intact": True,
+            "finished": True,
             "root_digest": run.root_digest,
+            "updates": run.num_steps,
+            "states": len(run.kept_states),
+            "examples": run.num_examples,
+            "executed": executed,
         }
 
 
