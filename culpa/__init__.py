@@ -1,5 +1,6 @@
 """culpa: which stage of training is to be credited or blamed for what a model does."""
 
+from culpa import behaviours as behaviours
 from culpa._version import __version__ as __version__
 from culpa.auditing.agreement import Agreement as Agreement
 from culpa.auditing.agreement import agreement as agreement
@@ -8,7 +9,7 @@ from culpa.auditing.interactions import interactions as interactions
 from culpa.auditing.placebo import NoiseFloor as NoiseFloor
 from culpa.auditing.placebo import noise_floor as noise_floor
 from culpa.behaviour import Behaviour as Behaviour
-from culpa.behaviour import log_likelihood as log_likelihood
+from culpa.behaviours.classification import log_likelihood as log_likelihood
 from culpa.dynamics.identity import Identity as Identity
 from culpa.dynamics.krylov import Krylov as Krylov
 from culpa.dynamics.propagator import Exact as Exact

@@ -71,35 +71,6 @@ class Behaviour:
             return self.checked(self.function(model, self.batch)).double()
 
 
-def log_likelihood(name: str, batch: tuple[Tensor, Tensor]) -> Behaviour:
-    """Log-likelihood of the right class, in nats: ``log softmax(model(inputs))[target]``.
-
-    Args:
-        name: how tables and reports call it.
-        batch: ``(inputs, targets)``, targets int64 ``[n]``; ``model(inputs)`` gives logits
-            ``[n, classes]``.
-    """
-    return Behaviour(name, _log_likelihood, batch, unit="nats")
-
-
-def _log_likelihood(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    inputs, targets = batch
-    logits = model(inputs)
-    if logits.ndim != 2 or targets.ndim != 1 or logits.shape[0] != targets.shape[0]:
-        raise BehaviourError(
-            f"log_likelihood needs logits [n, classes] and targets [n], got "
-            f"{tuple(logits.shape)} and {tuple(targets.shape)}."
-        )
-    classes = logits.shape[1]
-    inside = (targets >= 0) & (targets < classes)
-    if targets.is_floating_point() or not bool(inside.all()):
-        raise BehaviourError(
-            f"log_likelihood needs integer targets from 0 to {classes - 1}, the classes of the"
-            f" logits; got {targets.dtype} from {targets.min().item()} to {targets.max().item()}."
-        )
-    return torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None]:
     """Every submodule in evaluation mode, each restored to its own mode afterwards."""

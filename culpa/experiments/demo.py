@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from culpa.behaviour import Behaviour, log_likelihood
+from culpa.behaviour import Behaviour
+from culpa.behaviours import log_likelihood
 from culpa.errors import OptionError, UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory.record import record
