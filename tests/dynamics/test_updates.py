@@ -16,12 +16,19 @@ from culpa.dynamics import updates
 from culpa.errors import OptionError, UnsupportedError
 from culpa.trajectory.schema import Group
 from culpa.tree import Slots, Tree
-
-F64 = torch.float64
-SHAPES: dict[str, tuple[int, ...]] = {"weight": (4, 3), "bias": (4,), "head": (2, 4), "gain": ()}
-GROUPS = (("weight", "bias"), ("head", "gain"))
-RATES = (1.0, 0.3)  # of the two groups, times the schedule
-SCHEDULE = (0.05, 0.04, 0.06, 0.0, 0.03)
+from oracles.stepping import (
+    F64,
+    RATES,
+    SHAPES,
+    Torch,
+    assert_close,
+    dot_state,
+    follow,
+    live,
+    observed,
+    random_state,
+    random_tree,
+)
 
 
 def product(name: str, **options: tuple[Any, ...]) -> list[Any]:
@@ -60,135 +67,6 @@ uses_jvp = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:D
 over_the_grid = pytest.mark.parametrize(("name", "keywords"), GRID)
 
 
-def random_tree(generator: torch.Generator, dtype: torch.dtype = F64, **shapes: Any) -> Tree:
-    return {
-        name: torch.randn(shape, dtype=dtype, generator=generator)
-        for name, shape in (shapes or SHAPES).items()
-    }
-
-
-def gradients(generator: torch.Generator, index: int) -> Tree:
-    """Random, dead in the first column and the first bias, without "head" in updates 0 and 2."""
-    grads = random_tree(generator)
-    grads["weight"][:, 0] = 0
-    grads["bias"][0] = 0
-    if index in (0, 2):
-        del grads["head"]
-    return grads
-
-
-class Torch:
-    """The same parameters under the optimizer of torch: the oracle."""
-
-    def __init__(self, name: str, params: Tree, keywords: dict[str, Any]) -> None:
-        self.leaves = {n: torch.nn.Parameter(value.clone()) for n, value in params.items()}
-        groups = [
-            {"params": [self.leaves[n] for n in names if n in params], "lr": rate * SCHEDULE[0]}
-            for names, rate in zip(GROUPS, RATES, strict=True)
-        ]
-        self.optimizer = getattr(torch.optim, name)(groups, **keywords)
-
-    def groups(self) -> list[Group]:
-        names = {id(leaf): name for name, leaf in self.leaves.items()}
-        return [
-            Group(
-                names=tuple(names[id(leaf)] for leaf in group["params"]),
-                hyper={key: value for key, value in group.items() if key != "params"},
-            )
-            for group in self.optimizer.param_groups
-        ]
-
-    def set_rate(self, rate: float) -> None:
-        for group, factor in zip(self.optimizer.param_groups, RATES, strict=True):
-            group["lr"] = rate * factor
-
-    def step(self, grads: Tree) -> None:
-        for name, leaf in self.leaves.items():
-            leaf.grad = grads[name].clone() if name in grads else None
-        self.optimizer.step()
-
-    def params(self) -> Tree:
-        return tree.clone(self.leaves)
-
-    def slots(self) -> Slots:
-        slots: Slots = {}
-        for name, leaf in self.leaves.items():
-            for slot, value in self.optimizer.state.get(leaf, {}).items():
-                slots.setdefault(slot, {})[name] = value.detach().clone()
-        return slots
-
-
-def observed(
-    name: str, keywords: dict[str, Any], seed: int = 0, count: int = 3
-) -> tuple[updates.Rule, list[Group], Tree, Slots, Tree]:
-    """(rule, groups, params, slots, grads) of the update after ``count`` updates of torch."""
-    generator = torch.Generator().manual_seed(seed)
-    run = Torch(name, random_tree(generator), keywords)
-    for index in range(count):
-        run.step(gradients(generator, index))
-    grads = gradients(generator, count)
-    return updates.rule_for(name), run.groups(), run.params(), run.slots(), grads
-
-
-def live(params: Tree) -> Tree:
-    """1 where gradients are not identically zero."""
-    mask = {name: torch.ones_like(value) for name, value in params.items()}
-    mask["weight"][:, 0] = 0
-    mask["bias"][0] = 0
-    return mask
-
-
-def random_state(
-    generator: torch.Generator, slots: Slots, discrete: bool = True
-) -> tuple[Tree, Slots]:
-    """A random direction of (theta, slots), the discrete coordinates included."""
-    shapes = {slot: {n: v.shape for n, v in values.items()} for slot, values in slots.items()}
-    if "momentum_buffer" in slots:
-        shapes["started"] = {name: torch.Size() for name in slots["momentum_buffer"]}
-    if not discrete:
-        shapes = {s: values for s, values in shapes.items() if s not in ("step", "started")}
-    return random_tree(generator), {
-        slot: random_tree(generator, **values) for slot, values in shapes.items()
-    }
-
-
-def dot_state(a: tuple[Tree, Slots], b: tuple[Tree, Slots]) -> float:
-    slots = sum(tree.dot(a[1][slot], b[1][slot]) for slot in a[1] if slot in b[1])
-    return tree.dot(a[0], b[0]) + slots
-
-
-def assert_close(actual: Tree, expected: Tree, rtol: float = 1e-12, atol: float = 1e-12) -> None:
-    """Same names, same values."""
-    assert set(actual) == set(expected)
-    for name in expected:
-        torch.testing.assert_close(
-            actual[name],
-            expected[name],
-            rtol=rtol,
-            atol=atol,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
-def follow(oracle: Torch, name: str, seed: int, complete: bool = False) -> None:
-    """Walk five updates beside torch, from our own states, and compare everything every time."""
-    generator = torch.Generator().manual_seed(seed)
-    rule = updates.rule_for(name)
-    params, slots = oracle.params(), oracle.slots()
-    for index, rate in enumerate(SCHEDULE):
-        oracle.set_rate(rate)
-        grads = gradients(generator, 1 if complete else index)
-        increments, slots = updates.apply(rule, oracle.groups(), params, slots, grads)
-        assert set(increments) == set(grads)
-        params = tree.add(params, increments)
-        oracle.step(grads)
-        assert_close(params, oracle.params())
-        expected = oracle.slots()
-        assert set(slots) == set(expected)
-        for slot in expected:
-            assert_close(slots[slot], expected[slot])
-
-
 @over_the_grid
 def test_apply_is_torch_optim(name: str, keywords: dict[str, Any]) -> None:
     params = random_tree(torch.Generator().manual_seed(1))
@@ -223,6 +101,7 @@ def test_rates_and_betas_may_be_tensors() -> None:
                 "lr": torch.tensor(group.hyper["lr"], dtype=F64),
                 "betas": tuple(torch.tensor(beta, dtype=F64) for beta in group.hyper["betas"]),
             },
+            optimizer="Adam",
         )
         for group in groups
     ]
@@ -319,8 +198,8 @@ def test_pullback_is_the_transpose_of_pushforward(
     leaf = torch.nn.Parameter(torch.zeros(1))
     hyper = dict(getattr(torch.optim, name)([leaf], lr=0.1, **keywords).param_groups[0])
     del hyper["params"]
-    groups = [Group(names=tuple(named), hyper=hyper)]
-    rule = updates.rule_for(name)
+    groups = [Group(names=tuple(named), hyper=hyper, optimizer=name)]
+    rule = updates.Rules()
     generator = torch.Generator().manual_seed(seed)
     params, slots = random_tree(generator, dtype, **named), {}
     for _ in range(count):
@@ -331,7 +210,7 @@ def test_pullback_is_the_transpose_of_pushforward(
 
     def direction() -> tuple[Tree, Slots]:
         spaces = updates.apply(rule, groups, params, slots, grads)[1]
-        spaces = updates.extend(rule, spaces)
+        spaces = updates.extend(rule, groups, params, spaces, ())
         theta = random_tree(generator, dtype, **named)
         return theta, {
             slot: {n: torch.randn(v.shape, dtype=dtype, generator=generator) for n, v in t.items()}
@@ -419,7 +298,7 @@ def test_skipping_updates_of_sgd_is_exact_when_gradients_do_not_depend_on_parame
     start = random_tree(generator)
     batches = [random_tree(generator) for _ in range(6)]
     run, without = Torch("SGD", start, keywords), Torch("SGD", start, keywords)
-    rule, groups = updates.rule_for("SGD"), run.groups()
+    rule, groups = updates.Rules(), run.groups()
     states: list[tuple[Tree, Slots]] = []
     for index, grads in enumerate(batches):
         states.append((run.params(), run.slots()))
@@ -430,8 +309,8 @@ def test_skipping_updates_of_sgd_is_exact_when_gradients_do_not_depend_on_parame
 
     before, after = states[removed.start], states[removed.stop]
     theta = tree.subtract(after[0], before[0])
-    extended = updates.extend(rule, after[1])
-    earlier = updates.extend(rule, before[1])
+    extended = updates.extend(rule, groups, after[0], after[1], ())
+    earlier = updates.extend(rule, groups, before[0], before[1], ())
     displacement = {s: tree.subtract(extended[s], earlier.get(s, {})) for s in extended}
     moved, state = theta, displacement
     for (params, slots), grads in list(zip(states, batches, strict=True))[removed.stop :]:
@@ -482,8 +361,9 @@ def test_nothing_infinite_where_the_second_moment_is_zero(
     assert tree.is_finite(increments)
 
     dead = SHAPES["weight"][0] + 1 + (1 if dtype == torch.float32 else 0)
-    assert updates.singular(rule, after, grads) == dead
-    assert updates.singular(rule, after, {n: g for n, g in grads.items() if n != "weight"}) < dead
+    assert updates.singular(rule, groups, params, slots, grads, after) == dead
+    some = {n: g for n, g in grads.items() if n != "weight"}
+    assert updates.singular(rule, groups, params, slots, some, after) < dead
 
     cotangent = {n: torch.ones_like(v) for n, v in params.items()}
     [(p, q, w)] = updates.pullback(rule, groups, params, slots, grads, [cotangent], [{}])
@@ -517,10 +397,11 @@ def test_nothing_infinite_where_the_second_moment_is_zero(
 
 
 def test_singular_looks_at_the_second_moment_that_is_used() -> None:
-    rule = updates.rule_for("Adam")
+    rule, some = updates.rule_of(torch.optim.Adam), torch.zeros(3)
     slots = {"exp_avg_sq": torch.tensor([0.0, 0.0, 1.0])}
-    assert rule.singular(slots) == 2
-    assert rule.singular({**slots, "max_exp_avg_sq": torch.tensor([0.0, 2.0, 2.0])}) == 1
+    assert rule.singular(some, some, {}, {}, slots) == 2
+    largest = {**slots, "max_exp_avg_sq": torch.tensor([0.0, 2.0, 2.0])}
+    assert rule.singular(some, some, {}, {}, largest) == 1
 
 
 def test_a_negative_second_moment_acts_as_zero() -> None:
@@ -531,7 +412,9 @@ def test_a_negative_second_moment_acts_as_zero() -> None:
     zero = {**slots, "exp_avg_sq": tree.zeros_like(slots["exp_avg_sq"])}
     increments, after = updates.apply(rule, groups, params, negative, grads)
     assert_close(increments, updates.apply(rule, groups, params, zero, grads)[0])
-    assert updates.singular(rule, after, grads) == sum(v.numel() for v in params.values())
+    assert updates.singular(rule, groups, params, slots, grads, after) == sum(
+        v.numel() for v in params.values()
+    )
     cotangent = random_tree(torch.Generator())
     [(_, q, w)] = updates.pullback(rule, groups, params, negative, grads, [cotangent], [{}])
     [(_, r, u)] = updates.pullback(rule, groups, params, zero, grads, [cotangent], [{}])
@@ -545,7 +428,7 @@ def test_a_negative_second_moment_acts_as_zero() -> None:
 def test_sgd_has_no_singular_coordinates() -> None:
     rule, groups, params, slots, grads = observed("SGD", {"momentum": 0.9})
     _, after = updates.apply(rule, groups, params, slots, grads)
-    assert updates.singular(rule, after, grads) == 0
+    assert updates.singular(rule, groups, params, slots, grads, after) == 0
 
 
 @pytest.mark.parametrize(("name", "keywords"), [("SGD", {"momentum": 0.9}), ("AdamW", {})])
@@ -594,7 +477,7 @@ def test_arguments_are_left_alone(name: str, keywords: dict[str, Any]) -> None:
     updates.apply(rule, groups, params, slots, grads)
     updates.pullback(rule, groups, params, slots, grads, [theta, theta], [state, state])
     updates.pushforward(rule, groups, params, slots, grads, theta, state, grads)
-    updates.extend(rule, slots)
+    updates.extend(rule, groups, params, slots, grads)
     for kept, value in zip(copies, (params, grads, theta), strict=True):
         assert_close(value, kept, rtol=0, atol=0)
     for kept, value in zip(slot_copies, (slots, state), strict=True):
@@ -609,7 +492,7 @@ def test_increments_smaller_than_the_rounding_of_the_parameter_survive(name: str
     run = Torch(name, params, {"weight_decay": 0.0})
     run.set_rate(1e-9)
     grads = {"gain": torch.tensor(2.0)}
-    increments, _ = updates.apply(updates.rule_for(name), run.groups(), params, {}, grads)
+    increments, _ = updates.apply(updates.Rules(), run.groups(), params, {}, grads)
     expected = -1e-9 * RATES[1] * (2.0 if name == "SGD" else 1.0)
     assert float(increments["gain"]) == pytest.approx(expected, rel=1e-6)
     assert float(params["gain"] + increments["gain"]) == 1e6
@@ -621,18 +504,20 @@ def test_adamw_decays_decoupled_where_an_old_group_does_not_say_so() -> None:
         Group(
             names=g.names,
             hyper={k: v for k, v in g.hyper.items() if k != "decoupled_weight_decay"},
+            optimizer="AdamW",
         )
         for g in groups
     ]
     now, _ = updates.apply(rule, groups, params, slots, grads)
     assert_close(updates.apply(rule, old, params, slots, grads)[0], now)
-    coupled, _ = updates.apply(updates.rule_for("Adam"), old, params, slots, grads)
+    undecided = [Group(g.names, g.hyper, "Adam") for g in old]
+    coupled, _ = updates.apply(rule, undecided, params, slots, grads)
     assert tree.norm(tree.subtract(coupled, now)) > 1e-3
 
 
 def test_refusals_name_what_is_wrong() -> None:
-    with pytest.raises(UnsupportedError, match=r"'LBFGS'.*SGD, Adam, AdamW.*replay"):
-        updates.rule_for("LBFGS")
+    with pytest.raises(UnsupportedError, match=r"torch\.optim\.LBFGS cannot be recorded"):
+        updates.Rules().named("LBFGS")
     rule, groups, params, slots, grads = observed("SGD", {})
     grads["weight"] = grads["weight"].to_sparse()
     with pytest.raises(UnsupportedError, match=r"'weight'.*dense gradients"):
@@ -646,6 +531,6 @@ def test_refusals_name_what_is_wrong() -> None:
 
 
 def test_rules_name_themselves_and_their_source() -> None:
-    for name, rule in updates.RULES.items():
+    for name, rule in updates.CLOSED.items():
         assert rule.name == name
         assert f"torch.optim.{name}" in rule.source

@@ -248,15 +248,21 @@ def _backward_difference(moments: _Moments, inverse: Tensor, at: _Settings, coun
     return moments.first * numerator.div_(denominator).mul_(inverse)
 
 
-def extend(slots: TensorSlots) -> dict[str, Tensor]:
+def extend(param: Tensor, slots: TensorSlots, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
     """``slots`` with ``step``, which torch keeps on the CPU, beside the moments: nothing to add."""
     extended = dict(slots)
-    if "step" in slots and "exp_avg" in slots:
-        extended["step"] = slots["step"].to(slots["exp_avg"].device)
+    if "step" in slots:
+        extended["step"] = slots["step"].to(param.device)
     return extended
 
 
-def singular(new_slots: TensorSlots) -> int:
+def singular(
+    param: Tensor,
+    grad: Tensor,
+    slots: TensorSlots,
+    hyper: Mapping[str, Any],
+    new_slots: TensorSlots,
+) -> int:
     """Coordinates whose second moment w is 0 (or less), where d sqrt(w) / d w was defined as 0."""
     used = new_slots.get("max_exp_avg_sq", new_slots["exp_avg_sq"])
     return int((used <= 0).sum())

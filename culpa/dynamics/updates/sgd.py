@@ -68,7 +68,7 @@ def step(
     if momentum == 0:
         return -rate * effective, new_slots
     share = _share(slots, float(hyper["dampening"]))
-    velocity = share * effective
+    velocity = effective if share == 1.0 else share * effective
     if "momentum_buffer" in slots:
         velocity = torch.add(velocity, slots["momentum_buffer"], alpha=momentum)
     new_slots["momentum_buffer"] = velocity
@@ -130,7 +130,7 @@ class _Linearised:
             effective = torch.add(effective, tangent, alpha=self.decay)
         if self.momentum == 0:
             return torch.add(tangent, effective, alpha=-self.rate), after
-        velocity = self.share * effective
+        velocity = effective if self.share == 1.0 else self.share * effective
         if "momentum_buffer" in slots:
             velocity = torch.add(velocity, slots["momentum_buffer"], alpha=self.momentum)
         started = after.pop("started", None)
@@ -162,7 +162,7 @@ def linearise(
     )
 
 
-def extend(slots: TensorSlots) -> dict[str, Tensor]:
+def extend(param: Tensor, slots: TensorSlots, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
     """``slots`` with ``started`` = 1 where torch keeps a momentum buffer (absent: 0)."""
     extended = dict(slots)
     if "momentum_buffer" in slots:
@@ -170,6 +170,17 @@ def extend(slots: TensorSlots) -> dict[str, Tensor]:
     return extended
 
 
-def singular(new_slots: TensorSlots) -> int:
+def affine(hyper: Mapping[str, Any]) -> bool:
+    """Whether ``started`` plays no part: then differences of states move as the derivative says."""
+    return float(hyper["momentum"]) == 0 or float(hyper["dampening"]) == 0
+
+
+def singular(
+    param: Tensor,
+    grad: Tensor,
+    slots: TensorSlots,
+    hyper: Mapping[str, Any],
+    new_slots: TensorSlots,
+) -> int:
     """0: the update is affine in the state and the gradient."""
     return 0

@@ -11,13 +11,14 @@ Nothing is changed in place; results may share memory with arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from culpa.dynamics.updates.rule import Rule
+from culpa.dynamics.updates.rule import Linearised, Rule
+from culpa.dynamics.updates.rules import Rules
 from culpa.errors import OptionError, UnsupportedError
 from culpa.trajectory.schema import Group
 from culpa.tree import Slots, Tree
@@ -26,10 +27,14 @@ _SlotsLike = Mapping[str, Mapping[str, Tensor]]
 
 
 def _moved(
-    rule: Rule, groups: Sequence[Group], params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, hyperparameters) of every parameter that the update moves."""
+    rules: Rules,
+    groups: Sequence[Group],
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Rule, Mapping[str, Any]]]:
+    """(name, its group's rule, hyperparameters) of every parameter that the update moves."""
     for group in groups:
+        rule = rules.of(group)
         hyper = {**rule.defaults, **group.hyper}
         for name in group.names:
             if name not in grads:
@@ -40,7 +45,7 @@ def _moved(
                     f"{params[name].dtype} parameter; {rule.name} is modelled for dense gradients "
                     "and real parameters only. culpa.replay works on such a run."
                 )
-            yield name, hyper
+            yield name, rule, hyper
 
 
 def _of(slots: _SlotsLike, name: str) -> dict[str, Tensor]:
@@ -63,7 +68,7 @@ def _copy(slots: _SlotsLike) -> Slots:
 
 
 def apply(
-    rule: Rule,
+    rules: Rules,
     groups: Sequence[Group],
     params: Mapping[str, Tensor],
     slots: _SlotsLike,
@@ -79,14 +84,14 @@ def apply(
     """
     increments: Tree = {}
     after = _copy(slots)
-    for name, hyper in _moved(rule, groups, params, grads):
+    for name, rule, hyper in _moved(rules, groups, params, grads):
         increments[name], new = rule.step(params[name], grads[name], _of(slots, name), hyper)
         _put(after, name, new)
     return increments, after
 
 
 def pullback(
-    rule: Rule,
+    rules: Rules,
     groups: Sequence[Group],
     params: Mapping[str, Tensor],
     slots: _SlotsLike,
@@ -97,7 +102,7 @@ def pullback(
     """For each of Q cotangents of (theta_{k+1}, slots_{k+1}): those of (theta_k, slots_k, grads).
 
     Args:
-        rule, groups, params, slots, grads: the observed update, as for ``apply``.
+        rules, groups, params, slots, grads: the observed update, as for ``apply``.
         cotangent_params: Q trees like ``params``; a missing name is a zero.
         cotangent_slots: Q slots like ``slots``, 0-dim for ``step`` and ``started``; missing is 0.
 
@@ -119,7 +124,7 @@ def pullback(
         (dict(theta), _copy(state), {})
         for theta, state in zip(cotangent_params, cotangent_slots, strict=True)
     ]
-    for name, hyper in _moved(rule, groups, params, grads):
+    for name, rule, hyper in _moved(rules, groups, params, grads):
         linear = rule.linearise(params[name], grads[name], _of(slots, name), hyper)
         for theta, state, gradient in results:
             cotangent = theta[name] if name in theta else torch.zeros_like(params[name])
@@ -129,7 +134,7 @@ def pullback(
 
 
 def pushforward(
-    rule: Rule,
+    rules: Rules,
     groups: Sequence[Group],
     params: Mapping[str, Tensor],
     slots: _SlotsLike,
@@ -143,34 +148,78 @@ def pushforward(
     Missing tangents are zero. A tangent of ``step`` or ``started`` multiplies the same
     backward-difference column as in ``pullback``.
     """
+    linear = linearised(rules, groups, params, slots, grads)
+    return carry(linear, params, tangent_params, tangent_slots, tangent_grads)
+
+
+def linearised(
+    rules: Rules,
+    groups: Sequence[Group],
+    params: Mapping[str, Tensor],
+    slots: _SlotsLike,
+    grads: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Linearised]]:
+    """The derivative of the observed update (as for ``apply``) for each parameter it moves."""
+    for name, rule, hyper in _moved(rules, groups, params, grads):
+        yield name, rule.linearise(params[name], grads[name], _of(slots, name), hyper)
+
+
+def carry(
+    linear: Iterable[tuple[str, Linearised]],
+    params: Mapping[str, Tensor],
+    tangent_params: Mapping[str, Tensor],
+    tangent_slots: _SlotsLike,
+    tangent_grads: Mapping[str, Tensor],
+) -> tuple[Tree, Slots]:
+    """``pushforward`` by a derivative made before, which several tangents can share."""
     theta, state = dict(tangent_params), _copy(tangent_slots)
-    for name, hyper in _moved(rule, groups, params, grads):
-        linear = rule.linearise(params[name], grads[name], _of(slots, name), hyper)
+    for name, derivative in linear:
         tangent = theta[name] if name in theta else torch.zeros_like(params[name])
-        grad = tangent_grads[name] if name in tangent_grads else torch.zeros_like(grads[name])
-        theta[name], after = linear.pushforward(tangent, _of(state, name), grad)
+        grad = tangent_grads[name] if name in tangent_grads else torch.zeros_like(params[name])
+        theta[name], after = derivative.pushforward(tangent, _of(state, name), grad)
         _put(state, name, after)
     return theta, state
 
 
-def extend(rule: Rule, slots: _SlotsLike) -> Slots:
-    """``slots`` with the coordinates that torch keeps as "the slot exists" made numbers.
+def extend(
+    rules: Rules,
+    groups: Sequence[Group],
+    params: Mapping[str, Tensor],
+    slots: _SlotsLike,
+    names: Collection[str],
+) -> Slots:
+    """``slots`` with what optimizers keep as "the slot exists" made numbers.
 
     Displacements of the optimizer's state are differences of extended slots (missing keys are
-    zeros). Only SGD has such a coordinate, ``started``, and only with dampening does it matter.
+    zeros). SGD has such a coordinate, ``started``; classes that begin at something else than zeros
+    (NAdam's product, Adagrad's sum) have the initial value, for the parameters in ``names``.
     """
     extended = _copy(slots)
-    for name in {name: None for tree in slots.values() for name in tree}:
-        _put(extended, name, rule.extend(_of(slots, name)))
+    present = {name for tree in slots.values() for name in tree}
+    for group in groups:
+        rule = rules.of(group)
+        hyper = {**rule.defaults, **group.hyper}
+        for name in group.names:
+            if name in present or name in names:
+                _put(extended, name, rule.extend(params[name], _of(slots, name), hyper))
     return extended
 
 
-def singular(rule: Rule, new_slots: _SlotsLike, grads: Mapping[str, Tensor]) -> int:
-    """Coordinates of one update whose derivative is a definition, over all parameters in ``grads``.
+def singular(
+    rules: Rules,
+    groups: Sequence[Group],
+    params: Mapping[str, Tensor],
+    slots: _SlotsLike,
+    grads: Mapping[str, Tensor],
+    new_slots: _SlotsLike,
+) -> int:
+    """Coordinates of one update whose derivative is a definition.
 
     Args:
-        new_slots: the slots after the update, as ``apply`` returns them.
-        grads: the gradients of the update; names that no group holds have no slots, and count 0.
+        rules, groups, params, slots, grads: the observed update, as for ``apply``.
+        new_slots: the slots after it.
     """
-    present = ((name, _of(new_slots, name)) for name in grads)
-    return sum(rule.singular(values) for _, values in present if values)
+    return sum(
+        rule.singular(params[name], grads[name], _of(slots, name), hyper, _of(new_slots, name))
+        for name, rule, hyper in _moved(rules, groups, params, grads)
+    )
