@@ -4,7 +4,10 @@
 
 Plain and recorded training alternate in one process, each from the same seed; a ratio is the median
 over pairs. The recorded time is that of the whole block: opening the folder, executing the first
-update of each stage twice, hashing, writing, closing. ``loop`` leaves opening and closing out.
+update of each stage twice, hashing, writing, closing. ``loop`` leaves opening and closing out;
+``cpu`` is the training thread's own processor time in the loops, which a busy machine disturbs
+least. How far writing overlaps with training is told twice: by the share of the writer's busy time
+that passed before the loops ended, and by the ratio had the training thread written by itself.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 import culpa
 from culpa.experiments import demo
 from culpa.trajectory import environment
+from culpa.trajectory.writer import Writer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -120,59 +124,114 @@ def _repeated(images: Tensor, labels: Tensor, count: int) -> Iterator[Batch]:
 
 
 CASES = (
-    Case("MLP 784-128-128-10, batch 100", mlp, sgd, lambda: epochs((784,), 10_000, 100, 4)),
-    Case("ResNet-8, 32 x 32, batch 64", resnet8, sgd, lambda: epochs((3, 32, 32), 640, 64, 2)),
+    Case("MLP 784-128-128-10, batch 100", mlp, sgd, lambda: epochs((784,), 10_000, 100, 8)),
+    Case("ResNet-8, 32 x 32, batch 64", resnet8, sgd, lambda: epochs((3, 32, 32), 640, 64, 6)),
     Case("the demo's loop", lambda: demo.problem()[0].model, sgd, demo_stages),
 )
 
 
-def train(case: Case, path: Path | None) -> tuple[float, float]:
-    """Seconds of the whole, and of the loops inside; recorded if there is a path."""
+class Spent(NamedTuple):
+    """Seconds: of the whole, of the loops inside, of the training thread's processor in these."""
+
+    whole: float
+    loop: float
+    cpu: float
+
+
+def train(case: Case, path: Path | None) -> Spent:
+    """Train; recorded if there is a path."""
     torch.manual_seed(0)
     model = case.model()
     optimizer, stages = case.optimizer(model), list(case.stages())
-    looped = 0.0
+    looped = used = 0.0
     began = time.perf_counter()
     context: Any = nullcontext()
     if path is not None:
         context = culpa.record(path, culpa.Problem(model, loss), optimizer)
     with context as recorder:
         for name, batches in stages:
-            entered = time.perf_counter()
+            entered, at = time.perf_counter(), time.thread_time()
             with recorder.stage(name) if recorder else nullcontext():
                 for batch in recorder.batches(batches) if recorder else batches:
                     optimizer.zero_grad()
                     loss(model, batch).backward()
                     optimizer.step()
             looped += time.perf_counter() - entered
-    return time.perf_counter() - began, looped
+            used += time.thread_time() - at
+    return Spent(time.perf_counter() - began, looped, used)
+
+
+class Clock:
+    """Watches the writers of recordings made inside: how long they are busy, and when."""
+
+    def __init__(self) -> None:
+        self.busy = self.busy_at_end = self.cpu = 0.0
+
+    @contextmanager
+    def watching(self, *, synchronous: bool) -> Generator[None]:
+        """``synchronous``: the training thread writes every update itself, at once."""
+        handle, submit, close = Writer._handle, Writer.submit, Writer.close  # pyright: ignore[reportPrivateUsage]
+
+        def handled(writer: Any, store: Any, items: Any) -> None:
+            began, at = time.perf_counter(), time.thread_time()
+            handle(writer, store, items)
+            self.busy += time.perf_counter() - began
+            self.cpu += time.thread_time() - at
+
+        def submitted(writer: Any, item: Any) -> None:
+            handled(writer, writer._store, [item])
+
+        def closed(writer: Any, *rest: Any) -> None:
+            before = self.busy
+            close(writer, *rest)
+            self.busy_at_end += self.busy - before
+
+        Writer._handle, Writer.close = handled, closed  # pyright: ignore[reportPrivateUsage]
+        Writer.submit = submitted if synchronous else submit  # pyright: ignore[reportPrivateUsage]
+        try:
+            yield
+        finally:
+            Writer._handle, Writer.submit, Writer.close = handle, submit, close  # pyright: ignore[reportPrivateUsage]
 
 
 def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
     """Alternate plain and recorded training after one of each to warm up."""
     torch.set_num_threads(threads)
-    plain: list[tuple[float, float]] = []
-    recorded: list[tuple[float, float]] = []
+    plain: list[Spent] = []
+    recorded: list[Spent] = []
+    alone: list[Spent] = []
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         for at in range(repeats + 1):
             plain.append(train(case, None))
             recorded.append(train(case, Path(folder, str(at))))
+            with clock.watching(synchronous=True):
+                alone.append(train(case, Path(folder, f"{at} alone")))
+        clock = Clock()
+        with clock.watching(synchronous=False):
+            train(case, Path(folder, "watched"))
         run = culpa.open_run(Path(folder, str(repeats)))
         parts, updates, kept = run.bytes_by_part(), run.num_steps, len(run.kept_states)
         state = len(run.state(updates).encode())
-    whole = [r[0] / p[0] for p, r in zip(plain[1:], recorded[1:], strict=True)]
-    loops = [r[1] / p[1] for p, r in zip(plain[1:], recorded[1:], strict=True)]
+    pairs = list(zip(plain[1:], recorded[1:], alone[1:], strict=True))
+    whole = [r.whole / p.whole for p, r, _ in pairs]
     every = state * (updates + 1)
     return {
         "case": case.name,
         "threads": threads,
         "updates": updates,
         "repeats": repeats,
-        "plain_seconds": _median(p[0] for p in plain[1:]),
-        "recorded_seconds": _median(r[0] for r in recorded[1:]),
+        "plain_seconds": _median(p.whole for p in plain[1:]),
+        "recorded_seconds": _median(r.whole for r in recorded[1:]),
         "ratio": _median(whole),
         "ratio_range": [round(min(whole), 3), round(max(whole), 3)],
-        "ratio_loop": _median(loops),
+        "ratio_loop": _median(r.loop / p.loop for p, r, _ in pairs),
+        "ratio_loop_synchronous": _median(a.loop / p.loop for p, _, a in pairs),
+        "ratio_cpu_of_training_thread": _median(r.cpu / p.cpu for p, r, _ in pairs),
+        "plain_microseconds_cpu": round(1e6 * min(p.cpu for p in plain[1:]) / updates, 1),
+        "recorded_microseconds_cpu": round(1e6 * min(r.cpu for r in recorded[1:]) / updates, 1),
+        "writer_microseconds_cpu": round(1e6 * clock.cpu / updates, 1),
+        "writing_during_training": round(1 - clock.busy_at_end / clock.busy, 3),
         "bytes": parts,
         "bytes_total": sum(parts.values()),
         "kept_states": kept,
@@ -191,6 +250,7 @@ def main() -> None:
     """Measure every case with one thread and with two."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recording.json"))
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -202,7 +262,7 @@ def main() -> None:
         "results": results,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for threads in (1, 2):
+    for threads in options.threads:
         for case in CASES:
             load = os.getloadavg()[0]  # more than ours of the cores: a ratio to mistrust
             found = measure(case, threads, options.repeats) | {"load_before": round(load, 2)}
@@ -210,7 +270,10 @@ def main() -> None:
             options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             sys.stdout.write(
                 f"{case.name}, {threads} thread(s): {found['ratio']:.2f} times plain"
-                f" ({found['ratio_loop']:.2f} in the loop), {found['bytes_total'] / 1e6:.1f} MB,"
+                f" ({found['ratio_loop']:.2f} in the loop, {found['ratio_loop_synchronous']:.2f} if"
+                f" it wrote by itself, {found['ratio_cpu_of_training_thread']:.2f} in its own CPU"
+                f" time; {found['writing_during_training']:.0%} of writing during training),"
+                f" {found['bytes_total'] / 1e6:.1f} MB,"
                 f" {found['total_to_every_state']:.2f} of every state\n"
             )
             sys.stdout.flush()

@@ -8,22 +8,28 @@ back executes nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from culpa.errors import IntegrityError, RecordError, UnsupportedError
-from culpa.trajectory.digest import dtype_name, raw_bytes
+from culpa.errors import IntegrityError, UnsupportedError
+from culpa.trajectory.digest import raw_bytes
+from culpa.trajectory.forms import (
+    ALIGNMENT,
+    Form,
+    Placement,
+    describe,
+    extent,
+    form_of,
+    most_spread,
+)
 from culpa.trajectory.layout import (
-    DEVICES,
-    DTYPES,
-    MAX_DEPTH,
     ArrayNode,
     DictNode,
     Layout,
@@ -31,95 +37,59 @@ from culpa.trajectory.layout import (
     ListNode,
     Node,
     TensorNode,
-    TupleNode,
     ValueNode,
     dtype_of,
     leaves_of,
     row_bytes,
-    without_first_dimension,
 )
 
 Rows = npt.NDArray[np.uint8]
-Placement = tuple[int, tuple[int, ...]]
-"""Where a tensor lay: its address modulo ``ALIGNMENT``, and its strides in elements."""
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch taken apart: its layout and its rows, uint8 ``[rows, bytes per row]``.
+    """A batch taken apart: its form, and its tensors on the CPU."""
 
-    ``placements`` has an entry for every tensor, or none where all are contiguous and aligned as
-    new tensors are. Kernels choose their order of summation by strides and alignment: without
-    them a replay of a batch that was a view would differ in the last bits.
-    """
+    form: Form
+    leaves: list[Tensor]
 
-    layout: Layout
-    rows: Rows
-    placements: tuple[Placement, ...] = ()
+    @property
+    def layout(self) -> Layout:
+        """Its nesting."""
+        return self.form.layout
+
+    @cached_property
+    def rows(self) -> Rows:
+        """uint8 ``[rows, bytes per row]``."""
+        count = self.leaves[0].shape[0] if self.form.layout.per_row else 1
+        parts = [
+            np.frombuffer(raw_bytes(leaf), dtype=np.uint8).reshape(count, -1)
+            for leaf in self.leaves
+        ]
+        return np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), dtype=np.uint8)
 
 
-def encode(batch: Any) -> EncodedBatch:
-    """Take a batch apart; its tensors are copied, so the loop may reuse them.
+def encode(batch: Any, *, copy: bool = False) -> EncodedBatch:
+    """Take a batch apart.
+
+    Args:
+        batch: any nesting of tuples, lists and dictionaries of tensors, arrays and plain values.
+        copy: take copies of its tensors, so that the loop may reuse them before ``rows`` is asked.
 
     Raises:
         RecordError: on a leaf that is neither tensor, array, number, string, bool nor ``None``.
     """
     leaves: list[Tensor] = []
-    root = _describe(batch, leaves, "batch")
-    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves}
-    per_row = len(sizes) == 1 and min(sizes) > 0
-    count = sizes.pop() if per_row else 1
-    if per_row:
-        root = without_first_dimension(root)
-    parts = [
-        np.frombuffer(raw_bytes(leaf.cpu()), dtype=np.uint8).reshape(count, -1) for leaf in leaves
-    ]
-    rows = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), dtype=np.uint8)
-    placements = tuple(_placement(leaf) for leaf in leaves)
-    if _spread(placements, leaves) > most_spread(rows.nbytes):
-        raise RecordError(
-            f"a batch's tensors are views that spread {rows.nbytes} bytes over"
-            f" {_spread(placements, leaves)}, which a replay would have to allocate. Let the"
-            " loader yield them .contiguous()."
-        )
-    usual = [(0, leaf.contiguous().stride()) for leaf in leaves]
-    return EncodedBatch(Layout(per_row, root), rows, () if [*placements] == usual else placements)
-
-
-def _placement(leaf: Tensor) -> Placement:
-    """Address and strides; the strides of a copy where elements of the tensor share memory."""
-    address = leaf.data_ptr() % ALIGNMENT if leaf.device.type == "cpu" else 0
-    reach = 0  # the farthest element so far: the next larger stride must exceed it
-    for dim in sorted(range(leaf.ndim), key=leaf.stride):
-        if leaf.shape[dim] > 1 and leaf.stride(dim) <= reach:
-            return address, leaf.contiguous().stride()
-        reach += leaf.stride(dim) * (leaf.shape[dim] - 1)
-    return address, leaf.stride()
-
-
-def most_spread(size: int) -> int:
-    """How much memory the tensors of a batch of ``size`` bytes may be spread over by strides."""
-    return 64 * size + 2**28
-
-
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """From the first to the last element of a tensor in memory, in elements."""
-    return 1 + sum(s * (n - 1) for s, n in zip(strides, shape, strict=True)) if all(shape) else 1
-
-
-def _spread(placements: Sequence[Placement], leaves: Sequence[Tensor]) -> int:
-    return sum(
-        _span(leaf.shape, strides) * leaf.element_size()
-        for (_, strides), leaf in zip(placements, leaves, strict=True)
-    )
+    form = form_of(batch, leaves)
+    held = [leaf.detach() if leaf.is_cpu else leaf.detach().cpu() for leaf in leaves]
+    return EncodedBatch(form, [leaf.clone() for leaf in held] if copy else held)
 
 
 def _placed(value: Tensor, placement: Placement) -> Tensor:
     """A copy of ``value`` that lies in memory as the recorded tensor did."""
     address, strides = placement
     size = value.element_size()
-    span = _span(value.shape, strides)
+    span = extent(value.shape, strides)
     memory = torch.empty(span * size + 2 * ALIGNMENT, dtype=torch.uint8)
     start = (address - memory.data_ptr()) % ALIGNMENT
     flat = memory[start : start + span * size].view(value.dtype)
@@ -143,7 +113,7 @@ def decode(layout: Layout, rows: Rows, placements: Sequence[Placement] = ()) -> 
 def row_count(batch: Any) -> int:
     """How many rows a batch of examples has; 0 for a batch without a common first dimension."""
     leaves: list[Tensor] = []
-    _describe(batch, leaves, "batch")
+    describe(batch, leaves, "batch")
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
     return sizes.pop() if len(sizes) == 1 else 0
 
@@ -160,56 +130,6 @@ def take_rows(batch: Any, index: Tensor) -> Any:
         taken = [take_rows(item, index) for item in cast("Sequence[Any]", batch)]
         return taken if isinstance(batch, list) else tuple(taken)
     return batch
-
-
-def _describe(value: Any, leaves: list[Tensor], where: str, depth: int = 0) -> Node:
-    if depth > MAX_DEPTH:
-        raise RecordError(f"a batch nests deeper than {MAX_DEPTH} levels; let it be flatter.")
-    if isinstance(value, Tensor):
-        if value.device.type not in DEVICES:
-            raise RecordError(
-                f"{where} is on {value.device.type!r}; batches can be on {', '.join(DEVICES)}."
-            )
-        if dtype_name(value.dtype) not in DTYPES:
-            raise RecordError(f"{where} has the dtype {value.dtype}, which cannot be kept.")
-        leaves.append(value.detach())
-        return TensorNode(dtype_name(value.dtype), tuple(value.shape), value.device.type)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        array = cast("np.ndarray[Any, Any]", value)
-        leaves.append(torch.from_numpy(np.ascontiguousarray(array)))
-        return ArrayNode(dtype_name(leaves[-1].dtype), tuple(array.shape), "cpu")
-    if _is_plain(value):
-        return ValueNode(value)
-    if isinstance(value, Mapping):
-        mapping = cast("Mapping[Any, Any]", value)
-        if not all(isinstance(key, str) for key in mapping):
-            raise RecordError(
-                f"{where} is a dictionary with keys that are not strings; name its entries."
-            )
-        items = [
-            _describe(item, leaves, f"{where}[{key!r}]", depth + 1) for key, item in mapping.items()
-        ]
-        return DictNode(tuple(mapping), tuple(items))
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        sequence = cast("Sequence[Any]", value)
-        items = [
-            _describe(item, leaves, f"{where}[{i}]", depth + 1) for i, item in enumerate(sequence)
-        ]
-        return ListNode(tuple(items)) if isinstance(value, list) else TupleNode(tuple(items))
-    raise RecordError(
-        f"{where} is a {type(value).__name__}, which culpa cannot keep without executing code to "
-        "read it back. Let the loader yield tuples, lists or dictionaries of tensors, arrays, "
-        "numbers and strings."
-    )
-
-
-def _is_plain(value: Any) -> TypeGuard[bool | int | float | str | None]:
-    """Whether JSON holds the value exactly, as every reader understands it."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**63
-    return value is None or isinstance(value, str)
 
 
 class _Reader:
@@ -268,7 +188,7 @@ class _Reader:
             raise IntegrityError(
                 f"a batch's placement {placement} does not fit {tuple(value.shape)}."
             )
-        self.left -= _span(value.shape, strides) * size
+        self.left -= extent(value.shape, strides) * size
         if self.left < 0:
             raise IntegrityError(
                 f"a batch's strides {strides} would need far more memory than its rows have."

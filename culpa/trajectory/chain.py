@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import msgspec
 from blake3 import blake3
 
 from culpa.trajectory import digest
-from culpa.trajectory.batches import Placement
-from culpa.trajectory.schema import Manifest, Stage
+from culpa.trajectory.forms import Placement
+from culpa.trajectory.schema import Count, Manifest, Stage
 
 StoredMicroBatch = tuple[int, bytes, int | None, tuple[Placement, ...]]
 """A micro-batch in the log: layout, row ids as little-endian uint32, generators, placements."""
@@ -17,7 +19,9 @@ ChainedMicroBatch = tuple[bytes, list[bytes], bytes | None, tuple[Placement, ...
 """A micro-batch by content: the layout's JSON, digests of rows and generators, placements."""
 
 
-class StepDetail(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StepDetail(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """The small facts of an update that are neither data nor hyperparameters."""
 
     weights: tuple[float, ...] | None
@@ -26,6 +30,10 @@ class StepDetail(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     drew_randomness: bool
     evaluating: tuple[str, ...]
     without_gradient: tuple[str, ...]
+    loss: Count = 0
+    clip_grad_value: float | None = None
+    loss_scale: float | None = None
+    discarded: Count = 0
 
 
 def link_content(
@@ -48,21 +56,50 @@ FIELDS = (
 """The parts of an update that a verification can tell apart."""
 
 
-def field_fingerprints(content: bytes) -> bytes:
+def field_fingerprints(
+    optimizer: bytes,
+    hypers: bytes,
+    batches: Sequence[ChainedMicroBatch],
+    detail: bytes,
+    step: bytes,
+    fingerprints: bytes,
+) -> bytes:
     """The first four bytes of each field's BLAKE3: they name the field that was changed.
 
-    Args:
-        content: what ``link_content`` gave. The link covers it; this only says where to look.
+    The link covers the same contents; these only say where to look.
     """
-    _, optimizer, hypers, batches, *rest = msgspec.msgpack.decode(content)
-    fields = [optimizer, hypers, *([list(c) for c in zip(*batches, strict=True)] or [[]] * 4)]
-    parts = [blake3(msgspec.msgpack.encode(f)).digest()[:4] for f in [*fields, *rest]]
-    return b"".join(parts)
+    layouts, rows, randoms, placements = map(list, zip(*batches, strict=True)) if batches else EMPTY
+    seldom = (optimizer, hypers, layouts), (randoms, placements, detail)
+    before, behind = (b"".join(map(_known_fingerprint, map(_encoded, part))) for part in seldom)
+    often = b"".join(_fingerprint(_encoded(field)) for field in (step, fingerprints))
+    return before + _fingerprint(_encoded(rows)) + behind + often
+
+
+EMPTY: tuple[list[Any], ...] = ([], [], [], [])
+_encoded = msgspec.msgpack.encode
+
+
+def _fingerprint(encoded: bytes) -> bytes:
+    return blake3(encoded).digest()[: digest.FINGERPRINT_BYTES]
+
+
+_known_fingerprint = lru_cache(maxsize=256)(_fingerprint)
+"""Of what seldom changes."""
 
 
 def row_digest(layout: bytes, row: memoryview | bytes) -> bytes:
     """The content address of one row: ``BLAKE3(BLAKE3(layout JSON) || row bytes)``."""
     return blake3(blake3(layout).digest()).update(row).digest()
+
+
+def resuming_row(key: int, content: bytes) -> bytes:
+    """The digest of one row of the table ``resume``."""
+    return blake3(msgspec.msgpack.encode([key, content])).digest()
+
+
+def resuming_digest(rows: Iterable[bytes]) -> bytes:
+    """Of all of its rows but the seal (seal.py), in the order of their keys."""
+    return digest.combine(rows)
 
 
 def root_digest(
@@ -71,13 +108,17 @@ def root_digest(
     stages: Sequence[Stage],
     states: Sequence[tuple[int, bytes]],
     frozen: bytes,
+    resuming: bytes,
 ) -> str:
     """The one number that stands for a complete run, in hexadecimal.
 
-    It covers every field of the manifest as the folder will hold it, but this one.
+    It covers every field of the manifest as the folder will hold it, but this one. ``resuming``
+    is ``resuming_digest`` of what there is to go on from: of nothing, in a complete run.
     """
     facts = msgspec.structs.asdict(manifest)
     del facts["root_digest"]
+    if facts["jobs"] is msgspec.UNSET:
+        del facts["jobs"]
     named = [[stage.name, stage.start, stage.stop] for stage in stages]
-    content = [facts, named, [list(s) for s in states], frozen]
+    content = [facts, named, [list(s) for s in states], frozen, resuming]
     return digest.chain(link, msgspec.msgpack.encode(content, order="sorted")).hex()

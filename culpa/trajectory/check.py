@@ -36,9 +36,9 @@ class Before:
 def prove_reproducible(problem: Problem, pending: Sequence[Drawn]) -> None:
     """Evaluate the loss twice from one random state; raise unless both are the same bits."""
     batch, random = [(b, r) for b, r in pending if r is not None][-1]
-    with borrowed(problem.model):
-        values: list[torch.Tensor] = []
-        for _ in range(2):
+    values: list[torch.Tensor] = []
+    for _ in range(2):
+        with borrowed(problem.model):  # a forward pass may move buffers, which are state
             rng.restore(random)
             values.append(problem.evaluate(batch).detach())
     if not torch.equal(values[0], values[1]):
@@ -69,14 +69,14 @@ def identify(
         RecordError: if none does, naming the update, the worst parameter and the likely cause.
     """
     live = observer.gradients()
-    count = len(pending)
+    skipped, count = pending[: detail.discarded], len(pending) - detail.discarded
     readings = [(pending, detail)]
     if count > 1 and detail.weights is None:
         if usual > count:
             partial = msgspec.structs.replace(detail, weights=(1 / usual,) * count)
             readings.append((pending, partial))
         if pending[-1][1] is not None:
-            readings.append((pending[-1:], detail))
+            readings.append((skipped + pending[-1:], detail))
     failures: list[tuple[str, float, Tree]] = []
     for drawn, facts in readings:
         grads, state, ended = _execute_again(observer, before, drawn, facts, hypers, index)
@@ -138,7 +138,19 @@ def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:
             "Its gradients are not those of loss(model, batch): is the loss the one the loop uses?"
         )
     factor = tree.dot(live, grads) / size**2
-    if tree.norm(tree.subtract(live, tree.scale(factor, grads))) > 1e-4 * tree.norm(live):
+    if not _close(live, tree.scale(factor, grads)):
+        bound = max(float(g.abs().max()) for g in live.values())
+        if _close(live, tree.map_values(lambda g: g.clamp(-bound, bound), grads)):
+            return (
+                f"The loop's gradients are those of loss(model, batch) cut at {bound:.4g}:"
+                " clip_grad_value_ (then pass clip_grad_value=clip_value to culpa.record)."
+            )
+        if all(_parallel({n: live[n]}, {n: grads[n]}) for n in live):
+            return (
+                "Its gradients are those of loss(model, batch), scaled by another factor for some"
+                " parameters: scaled by hand, or clip_grad_norm_ on a part of them. Clip all"
+                " parameters at once, and pass clip_grad_norm=max_norm to culpa.record."
+            )
         return (
             "The loop's gradients are not those of loss(model, batch) on this batch: another loss, "
             "another batch, or randomness drawn between fetching the batch and the forward pass."
@@ -146,9 +158,20 @@ def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:
     if abs(factor - 1) > 1e-5 and detail.clip_grad_norm is None:
         return (
             f"The loop's gradients are {factor:.4g} times those of loss(model, batch): a scaled"
-            " loss, or clip_grad_norm_ (then pass clip_grad_norm=max_norm to culpa.record)."
+            " loss, clip_grad_norm_ (then pass clip_grad_norm=max_norm to culpa.record) or a"
+            " GradScaler (then scaler=scaler)."
         )
     return (
         "The gradients agree, so something else than torch.optim changed the parameters: weights "
-        "edited after the step, clipping by value, or a wrapped optimizer."
+        "edited after the step, or a wrapped optimizer."
     )
+
+
+def _close(a: Tree, b: Tree) -> bool:
+    return tree.norm(tree.subtract(a, b)) <= 1e-4 * tree.norm(a)
+
+
+def _parallel(a: Tree, b: Tree) -> bool:
+    """Whether one is a multiple of the other."""
+    size = tree.norm(b)
+    return size > 0.0 and _close(a, tree.scale(tree.dot(a, b) / size**2, b))

@@ -13,59 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from culpa import tree
-from culpa.errors import UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import rng
+from culpa.trajectory.blame import blamed, blamed_on_loss
 from culpa.trajectory.fidelity import Fidelity
+from culpa.trajectory.optimizers import as_kept, gather_slots
 from culpa.trajectory.rng import RandomState
-from culpa.trajectory.schema import Group, StepRecord
+from culpa.trajectory.schema import OptimizerSpec, StepRecord
 from culpa.trajectory.state import State
+from culpa.trajectory.together import Stepper, members_of, rebuilt
 from culpa.tree import Slots, Tree
-
-REFUSED = {
-    "LBFGS": "it evaluates the loss an unknown number of times inside one step",
-    "SparseAdam": "its sparse gradients have no dense state",
-}
-
-
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class of ``torch.optim`` by that name; names from a run folder execute nothing else.
-
-    Raises:
-        UnsupportedError: for a class outside of ``torch.optim`` and for those refused by name.
-    """
-    found = getattr(torch.optim, name, None)
-    if name in REFUSED:
-        raise UnsupportedError(f"torch.optim.{name} cannot be recorded: {REFUSED[name]}.")
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or (
-        found is torch.optim.Optimizer
-    ):
-        raise UnsupportedError(
-            f"the optimizer {name!r} is not a class of torch.optim, so a replay could not build it "
-            "again. Use the class of torch.optim itself (not a subclass)."
-        )
-    return found
-
-
-def gather_slots(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Slots:
-    """The live tensors of an optimizer's state by slot and parameter name.
-
-    Raises:
-        UnsupportedError: if the state holds something other than tensors and ``None``.
-    """
-    slots: Slots = {}
-    for param, state in optimizer.state.items():
-        for slot, value in state.items():
-            if isinstance(value, Tensor):
-                slots.setdefault(slot, {})[names[param]] = value
-            elif value is not None:
-                raise UnsupportedError(
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state slot "
-                    f"{slot!r}; only tensors can be recorded."
-                )
-    return slots
 
 
 @contextmanager
@@ -130,9 +90,10 @@ class Engine:
         self.buffers: Mapping[str, Tensor] = dict(problem.model.named_buffers())
         self._names = {p: name for name, p in self.params.items()}
         self._held: tuple[str, ...] = ()
+        self._trained: tuple[tuple[str, ...], ...] | None = None
         self._slots: Slots = {}
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._built: tuple[str, tuple[tuple[str, ...], ...]] | None = None
+        self._optimizer: Stepper | None = None
+        self._built: OptimizerSpec | None = None
 
     def write(self, params: Tree, buffers: Tree) -> None:
         """Set tensors of the module."""
@@ -143,8 +104,7 @@ class Engine:
         """Put the module and the (future) optimizer into ``state``."""
         self.write(state.params, state.buffers)
         self._held = tuple(state.params)
-        for name in self._held:  # a model frozen after training still trained when it was recorded
-            self.params[name].requires_grad_()
+        self._trained = None
         self._slots = tree.clone_slots(state.slots)
         self._optimizer = None
 
@@ -161,24 +121,40 @@ class Engine:
         self, record: StepRecord, batches: Sequence[Any], randoms: Sequence[RandomState | None]
     ) -> Executed:
         """One update, each micro-batch from its ``randoms`` or, if ``None``, as they stand."""
-        set_modes(self.problem.model, record.evaluating)
+        problem = self.problem.of(record.stage)
+        with blamed(record.index, "evaluating"):
+            set_modes(self.problem.model, record.evaluating)
+        self._require_gradients(record)
         for p in self.params.values():
             p.grad = None
         total, used = 0.0, list[RandomState]()
+        scaler = self._scaler(record)
         for at, (batch, random) in enumerate(zip(batches, randoms, strict=True)):
             if random is not None:
                 rng.restore(random)
+            if at < record.discarded:
+                with torch.no_grad(), blamed_on_loss(record.index):
+                    problem.loss(problem.model, batch)
+                continue
             if record.drew_randomness:
                 used.append(rng.capture())
-            loss = _weighted(self.problem.evaluate(batch), record, at)
-            loss.backward()
+            with blamed_on_loss(record.index):
+                loss = _weighted(problem.evaluate(batch), record, at - record.discarded)
+                scaler.scale(loss).backward()
             total += float(loss.detach())
+        if scaler.is_enabled():
+            for member in members_of(self._prepared_optimizer(record)):
+                scaler.unscale_(member)
         grads = self._gradients(record)
+        if scaler.is_enabled() and not tree.is_finite(grads):
+            return Executed(total, grads, tuple(used))  # a scaler skips it; counterfactuals only
+        # In the model's order, as loops do it: the norm's last bit depends on it.
+        held = [p for name, p in self.params.items() if name in record.held]
         if record.clip_grad_norm is not None:
-            # In the model's order, as loops do it: the norm's last bit depends on it.
-            held = [p for name, p in self.params.items() if name in record.held]
             torch.nn.utils.clip_grad_norm_(held, record.clip_grad_norm)
-        self._prepared_optimizer(record).step()
+        if record.clip_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(held, record.clip_grad_value)
+        self._step(record)
         return Executed(total, grads, tuple(used))
 
     def tick(self, record: StepRecord) -> None:
@@ -186,20 +162,36 @@ class Engine:
         for name in record.held:
             p = self.params[name]
             p.grad = None if name in record.without_gradient else torch.zeros_like(p)
-        self._prepared_optimizer(record).step()
+        self._step(record)
 
     def advance_randomness(
         self, record: StepRecord, batches: Sequence[Any], randoms: Sequence[RandomState | None]
     ) -> None:
         """Draw what a skipped update would have drawn, so that later updates see the same masks."""
-        set_modes(self.problem.model, record.evaluating)
+        problem = self.problem.of(record.stage)
+        with blamed(record.index, "evaluating"):
+            set_modes(self.problem.model, record.evaluating)
         kept = tree.clone(self.buffers)
-        with torch.no_grad():
+        with torch.no_grad(), blamed_on_loss(record.index):
             for batch, random in zip(batches, randoms, strict=True):
                 if random is not None:
                     rng.restore(random)
-                self.problem.loss(self.problem.model, batch)
+                problem.loss(problem.model, batch)
         _write(self.buffers, kept)
+
+    def _require_gradients(self, record: StepRecord) -> None:
+        """Of what the optimizer holds, whatever the model was frozen to since, and of no others."""
+        if self._trained != record.optimizer.groups:
+            self._trained = record.optimizer.groups
+            held = {*record.held}
+            for name, p in self.params.items():
+                p.requires_grad_(name in held and (p.is_floating_point() or p.is_complex()))
+
+    def _scaler(self, record: StepRecord) -> GradScaler:
+        """A ``GradScaler`` that multiplies by the recorded scale, or by nothing."""
+        device = self.params[record.held[0]].device.type
+        scale = record.loss_scale
+        return GradScaler(device, init_scale=scale or 1.0, enabled=scale is not None)
 
     def _gradients(self, record: StepRecord) -> Tree:
         """Gradients of the held parameters; also those the loop left at zero, not ``None``."""
@@ -219,26 +211,31 @@ class Engine:
             self._slots if self._optimizer is None else gather_slots(self._optimizer, self._names)
         )
 
-    def _prepared_optimizer(self, record: StepRecord) -> torch.optim.Optimizer:
-        spec = (record.optimizer.name, record.optimizer.groups)
-        if self._optimizer is None or spec != self._built:
+    def _step(self, record: StepRecord) -> None:
+        optimizer = self._prepared_optimizer(record)
+        with blamed(record.index, "hypers, or the slots of the kept state before it,"):
+            optimizer.step()
+
+    def _prepared_optimizer(self, record: StepRecord) -> Stepper:
+        if self._optimizer is None or record.optimizer != self._built:
             slots = self._live_slots()
-            self._optimizer = self._build(record.optimizer.name, record.groups)
-            for slot, values in slots.items():
-                for name, value in values.items():
-                    self._optimizer.state[self.params[name]][slot] = value
-            self._built = spec
+            with blamed(record.index, "optimizer or hypers"):
+                self._optimizer = rebuilt(
+                    record.optimizer, record.hypers, self.params, self.problem.optimizers
+                )
+            with blamed(record.index, "slots of the kept state before it"):
+                for slot, values in slots.items():
+                    for name, value in values.items():
+                        key, kept = as_kept(slot, value)
+                        self._optimizer.state[self.params[name]][key] = kept
+            self._built = record.optimizer
         for group, hyper in zip(self._optimizer.param_groups, record.hypers, strict=True):
             group.update(hyper)
         return self._optimizer
-
-    def _build(self, name: str, groups: Sequence[Group]) -> torch.optim.Optimizer:
-        members = [{"params": [self.params[n] for n in g.names], **g.hyper} for g in groups]
-        return optimizer_class(name)(members)  # pyright: ignore[reportCallIssue]
 
 
 def _weighted(loss: Tensor, record: StepRecord, at: int) -> Tensor:
     """The micro-batch's share, computed as loops do: divided by n, or multiplied by its weight."""
     if record.weights is not None:
         return loss * record.weights[at]
-    return loss / len(record.micro_batches) if len(record.micro_batches) > 1 else loss
+    return loss / len(record.contributing) if len(record.contributing) > 1 else loss

@@ -8,25 +8,26 @@ from typing import Any
 from blake3 import blake3
 
 from culpa.errors import CulpaError, IntegrityError
-from culpa.trajectory import chain, digest, tensors
+from culpa.trajectory import chain, digest, lineage, log, tensors
 from culpa.trajectory.batches import row_bytes
 from culpa.trajectory.examples import Missing, Pack
-from culpa.trajectory.log import FOR_RESUMING
+from culpa.trajectory.fits import require_state
 from culpa.trajectory.reader import JOURNALS
 from culpa.trajectory.run import Run, read_manifest
 from culpa.trajectory.schema import FROZEN_NAME, LOG, MANIFEST, PACK, StepRecord, state_name
+from culpa.trajectory.seal import in_order
 
 AT_ONCE = 2**24
 """Bytes of rows read at a time."""
+_UNNAMED = "the list of kept states, or what to go on from, were changed, or updates cut off."
 
 
 def check_digests(run: Run) -> tuple[int, int]:
     """Bytes and examples hashed; raises ``IntegrityError`` naming file, update and field."""
     check_files(run)
-    if run.manifest.finished:
-        check_manifest(run)
+    check_manifest(run)
     run.tables.log.check_pages()
-    check_resuming(run)
+    seal, resuming = check_resuming(run)
     rows = run.tables.digests()
     if len(set(rows)) != len(rows):
         raise IntegrityError(f"{run.tables.where}: two training examples are the same.")
@@ -37,29 +38,39 @@ def check_digests(run: Run) -> tuple[int, int]:
         found, size = check_state(run, k)
         states.append((k, found))
         hashed += size
-    frozen = _digests(run, FROZEN_NAME, {f"params/{name}" for name in run.manifest.frozen})
-    if run.manifest.finished:
-        root = chain.root_digest(
-            run.manifest, link, run.stages, states, digest.combine(_in_order(frozen))
+    frozen = digest.combine(_in_order(_digests(run, FROZEN_NAME, None)))
+    rest = (link, run.stages, states, frozen, resuming)
+    root = chain.root_digest(run.manifest, *rest)
+    if run.manifest.finished and root != run.root_digest:
+        raise IntegrityError(
+            f"{run.source.where}: the root digest is {root}, the manifest says"
+            f" {run.root_digest or 'nothing'}. The stages, a field of {MANIFEST}, the frozen"
+            f" parameters, or {_UNNAMED}"
         )
-        if root != run.root_digest:
-            raise IntegrityError(
-                f"{run.source.where}: the root digest is {root}, the manifest says"
-                f" {run.root_digest or 'nothing'}. The stages, a field of {MANIFEST}, the frozen"
-                " parameters, or the list of kept states were changed, or updates cut off."
-            )
+    lineage.check(run, states, frozen)
+    if seal not in lineage.seals(run.manifest, *rest):
+        raise IntegrityError(
+            f"{run.tables.where}: table resume: its seal is not that of the last update. The seal"
+            f" itself, the stages, a field of {MANIFEST}, the frozen parameters, or {_UNNAMED}"
+        )
     return hashed, 0 if isinstance(run.rows, Missing) else len(rows)
 
 
-def check_resuming(run: Run) -> None:
-    """A complete run has nothing left to go on with."""
-    for table in FOR_RESUMING:
-        row = next(iter(run.tables.log.rows(table)), None)
-        if row is not None and run.manifest.status == "complete":
+def check_resuming(run: Run) -> tuple[bytes, bytes]:
+    """The seal, and the digest of what there is to go on from: nothing, in a complete run."""
+    rows: dict[int, bytes] = {}
+    seal = b""
+    for key, content in run.tables.log.rows("resume"):
+        if key == log.SEAL:
+            seal = content
+        elif run.manifest.status == "complete":
             raise IntegrityError(
-                f"{run.tables.where}: table {table} has the row {row[0]}, added after the run was"
+                f"{run.tables.where}: table resume has the row {key}, added after the run was"
                 " complete."
             )
+        else:
+            rows[key] = chain.resuming_row(key, content)
+    return seal, in_order(rows)
 
 
 def check_files(run: Run) -> None:
@@ -104,7 +115,13 @@ def check_manifest(run: Run) -> None:
         raise IntegrityError(
             f"{run.source.where}/{MANIFEST} is not written as culpa writes it: it was edited."
         )
-    if run.manifest.num_steps != run.num_steps:
+    said = run.manifest
+    if not said.finished and (said.num_steps, said.plain_seconds) != (0, 0.0):
+        raise IntegrityError(
+            f"{run.source.where}/{MANIFEST} says {said.num_steps} updates and"
+            f" {said.plain_seconds} seconds of a run that is not closed: it was edited."
+        )
+    if said.finished and said.num_steps != run.num_steps:
         raise IntegrityError(
             f"{run.tables.where} holds {run.num_steps} updates; the manifest says"
             f" {run.manifest.num_steps}."
@@ -177,16 +194,16 @@ class _Used:
 
 def check_chain(run: Run, rows: list[bytes]) -> bytes:
     """Every update is as recorded and in its place; the last link."""
-    log = run.tables.log
+    read = run.tables.log
     layouts, optimizers, hypers = (
-        [content for _, content in log.numbered(table)]
+        [content for _, content in read.numbered(table)]
         for table in ("layout", "optimizer", "hypers")
     )
-    randoms = {i: blake3(state).digest() for i, state in log.rows("random")}
+    randoms = {i: blake3(state).digest() for i, state in read.rows("random")}
     used = {t: _Used(run, t) for t in ("layout", "optimizer", "hypers", "example")}
     used["random"] = _Used(run, "random", 1)
     link = bytes(digest.DIGEST_BYTES)
-    for row in log.numbered("step"):
+    for row in read.numbered("step"):
         record, (k, optimizer, hyper, *_) = run.tables.decode_step(row), row
         used["optimizer"].see(k, [optimizer])
         used["hypers"].see(k, [hyper])
@@ -198,13 +215,13 @@ def check_chain(run: Run, rows: list[bytes]) -> bytes:
             if micro.random is not None:
                 used["random"].see(k, [micro.random])
                 if micro.random not in randoms:
-                    raise IntegrityError(f"{log.where}: update {k}: its random state is missing.")
+                    raise IntegrityError(f"{read.where}: update {k}: its random state is missing.")
                 drawn = randoms[micro.random]
             chained = [rows[i] for i in micro.rows]
             batches.append((layouts[micro.layout], chained, drawn, micro.placements))
         link = _link(run, link, row, (optimizers[optimizer], hypers[hyper]), batches)
     for table, seen in used.items():
-        seen.finish(log.last_key(table))
+        seen.finish(read.last_key(table))
     return link
 
 
@@ -218,7 +235,8 @@ def _link(
     k, _, _, _, detail, step, fingerprints, chained, fields = row
     content = chain.link_content(k, *named, batches, detail, step, fingerprints)
     link = digest.chain(before, content)
-    here, size = chain.field_fingerprints(content), digest.FINGERPRINT_BYTES
+    here = chain.field_fingerprints(*named, batches, detail, step, fingerprints)
+    size = digest.FINGERPRINT_BYTES
     if link != chained or here != fields:
         wrong = [
             name
@@ -236,9 +254,7 @@ def _link(
 def check_state(run: Run, k: int) -> tuple[bytes, int]:
     """A kept state is the one its update led to; its digest, and how many bytes were hashed."""
     name = state_name(k)
-    trained = run.manifest.parameters.keys() - {*run.manifest.frozen}
-    expected = {f"params/{n}" for n in trained} | {f"buffers/{n}" for n in run.manifest.buffers}
-    found = _digests(run, name, expected)
+    found = _digests(run, name, run.tables.frozen_before(k))
     whole = digest.combine(_in_order(found))
     moving = {n: d for n, d in found.items() if not n.startswith("slots/")}
     if k > 0:
@@ -266,28 +282,18 @@ def _culprits(found: dict[str, bytes], record: StepRecord) -> str:
     return ", ".join(wrong[:4]) or "a digest of the update"
 
 
-def _digests(run: Run, name: str, expected: set[str]) -> dict[str, bytes]:
+def _digests(run: Run, name: str, frozen: frozenset[str] | None) -> dict[str, bytes]:
     """The digests of a file of tensors, once it holds those of the manifest and slots."""
     where = f"{run.source.where}/{name}"
-    found: dict[str, bytes] = {}
     try:
-        for tensor, entry, raw in tensors.entries(run.source.read(name)):
-            described = tensors.described(entry)
-            kind, _, short = tensor.partition("/")
-            known = run.manifest.parameters if kind == "params" else run.manifest.buffers
-            if kind != "slots" and described != known.get(short):
-                raise IntegrityError(
-                    f"{tensor!r} is {described}; {MANIFEST} says {known.get(short, 'nothing')}"
-                )
-            found[tensor] = tensors.entry_digest(tensor, entry, raw)
+        entries = list(tensors.entries(run.source.read(name)))
+        described = {tensor: tensors.described(entry) for tensor, entry, _ in entries}
+        require_state(run.manifest, described, frozen)
+        return {t: tensors.entry_digest(t, entry, raw) for t, entry, raw in entries}
     except CulpaError as error:
         if where in str(error):
             raise
         raise IntegrityError(f"{where} is damaged: {error}.") from error
-    different = {n for n in found if not n.startswith("slots/")} ^ expected
-    if different:
-        raise IntegrityError(f"{where} lacks, or should not have, the tensor {min(different)!r}.")
-    return found
 
 
 def _in_order(found: dict[str, bytes]) -> list[bytes]:

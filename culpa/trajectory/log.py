@@ -1,7 +1,7 @@
 """The step log: one SQLite file in which every table is append-only and every step is chained.
 
-``resume`` says where a crashed recording is to go on (resume.py). It is no part of the chain, since
-going on proves it: the updates after the point must come out as recorded. Complete runs have none.
+``resume`` says where a crashed recording is to go on (resume.py), and has the seal that binds it,
+and whatever else a root digest covers, to the last update committed (seal.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ CREATE TABLE stage     (name TEXT PRIMARY KEY, start INTEGER NOT NULL, stop INTE
 CREATE TABLE state     (k INTEGER PRIMARY KEY, digest BLOB NOT NULL, size INTEGER NOT NULL);
 CREATE TABLE resume    (id INTEGER PRIMARY KEY, content BLOB NOT NULL);
 """
-FOR_RESUMING = ("resume",)
+SEAL = -1
+"""The row of ``resume`` that holds the seal; the only one of a complete run."""
 POINT = 0
 """The row of ``resume`` that holds the point to go on from."""
 
@@ -75,6 +76,11 @@ def _connect(path: Path) -> sqlite3.Connection:
 def execute(connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()) -> int:
     """Execute one statement that writes; returns the id of the last row inserted."""
     return connection.execute(query, tuple(values)).lastrowid or 0
+
+
+def execute_many(connection: sqlite3.Connection, query: str, values: Iterable[Any]) -> None:
+    """Execute a statement that writes for every one of many values."""
+    connection.executemany(query, values)
 
 
 def commit(connection: sqlite3.Connection) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 import msgspec
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from culpa import tree
 from culpa.errors import ProblemError, RecordError, UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory.engine import gather_slots, optimizer_class
+from culpa.trajectory.optimizers import gather_slots, optimizer_class, qualified_name
 from culpa.trajectory.schema import OptimizerSpec
 from culpa.trajectory.state import State, largest_difference
+from culpa.trajectory.together import Stepper, members_of
 from culpa.tree import Slots, Tree
 
 
@@ -27,15 +29,20 @@ class Observer:
         UnsupportedError: if the optimizer cannot be built again by a replay.
     """
 
-    def __init__(self, problem: Problem, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, problem: Problem, optimizer: Stepper) -> None:
         self.problem = problem
         self.optimizer = optimizer
+        self.members = members_of(optimizer)
         self.params: Mapping[str, nn.Parameter] = dict(problem.model.named_parameters())
         self.buffers: Mapping[str, Tensor] = dict(problem.model.named_buffers())
         names: dict[Tensor, str] = {p: name for name, p in self.params.items()}
-        known = type(optimizer).__name__
-        if optimizer_class(known) is not type(optimizer):
-            optimizer_class(f"{type(optimizer).__module__}.{known}")  # refuses, naming the class
+        for member in self.members:
+            known = qualified_name(type(member))
+            if optimizer_class(known, problem.optimizers) is not type(member):
+                raise UnsupportedError(
+                    f"Problem(optimizers=...) has another class that is called {known!r}; pass the"
+                    " very class of the optimizer."
+                )
         unknown = [p for g in optimizer.param_groups for p in g["params"] if p not in names]
         if unknown:
             shapes = ", ".join(str(tuple(p.shape)) for p in unknown[:4])
@@ -46,11 +53,22 @@ class Observer:
             )
         self.names = names
         groups = tuple(tuple(names[p] for p in g["params"]) for g in optimizer.param_groups)
-        self.spec = OptimizerSpec(known, groups)
+        classes = [qualified_name(type(member)) for member in self.members]
+        counts = [len(member.param_groups) for member in self.members]
+        together = tuple(zip(classes, counts, strict=True)) if len(classes) > 1 else ()
+        self.spec = OptimizerSpec(" + ".join(classes), groups, together)
         self.held = {name: self.params[name] for group in groups for name in group}
+        self._walked: list[tuple[str, nn.Module, dict[str, Any]]] | None = None
 
     def hypers(self) -> tuple[dict[str, Any], ...]:
         """The hyperparameters of every group as plain numbers, with what the optimizer resolved."""
+        groups = self.optimizer.param_groups
+        if [len(g["params"]) for g in groups] != [len(names) for names in self.spec.groups]:
+            raise RecordError(
+                f"the optimizer's {len(groups)} parameter groups are not those that it had when its"
+                " stage began. Add groups and parameters before a stage begins: with"
+                " recorder.stage(name)."
+            )
         return tuple(
             {name: _plain(name, value) for name, value in group.items() if name != "params"}
             for group in self.optimizer.param_groups
@@ -71,6 +89,13 @@ class Observer:
             {slot: tree.map_values(Tensor.cpu, values) for slot, values in state.slots.items()},
         )
 
+    def copied_slots(self) -> Slots:
+        """A copy of the optimizer state on the CPU."""
+        return {
+            slot: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+            for slot, values in self.slots().items()
+        }
+
     def write(self, state: State, frozen: Tree) -> None:
         """Put the module into a state, in place; a parameter it has not stays as it is."""
         with torch.no_grad():
@@ -81,38 +106,64 @@ class Observer:
 
     def require_unchanged(self, last: State, name: str) -> None:
         """Raise ``RecordError`` unless parameters and buffers are those of ``last``."""
-        live = self.state({n: self.params[n] for n in last.params}, slots=False)
+        live = State(
+            {name: self.params[name].cpu() for name in last.params},
+            {name: self.buffers[name].cpu() for name in last.buffers},
+        )
         where, size = largest_difference(live.flat(), last.flat())
         if where:
             raise RecordError(
-                f"before stage {name!r} the tensor {where} differs by up to {size:.3g} from what it"
-                " was after the last update: something changed the model outside of"
-                " optimizer.step(). A replay could not repeat that; record such jobs as runs of"
+                f"before {name} the tensor {where} differs by up to {size:.3g} from what it was"
+                " after the last update: something changed the model outside of optimizer.step()"
+                " (an average of weights swapped in, clamping, a forward pass in training mode"
+                " between updates). A replay could not repeat that; record such jobs as runs of"
                 " their own."
             )
 
-    def followed_by(self, optimizer: torch.optim.Optimizer, held: Collection[str]) -> Observer:
+    def followed_by(self, optimizer: Stepper) -> Observer:
         """The observer of an optimizer that takes over."""
         observer = Observer(self.problem, optimizer)
-        outside = sorted(observer.held.keys() - {*held})
-        if outside:
-            raise UnsupportedError(
-                f"the new optimizer trains {outside[0]!r}, which no optimizer held when recording "
-                "began; this version needs every trained parameter in the first optimizer."
-            )
-        if observer.slots():
+        if optimizer is not self.optimizer and observer.slots():
             raise RecordError("the new optimizer has state already; pass it before its first step.")
         return observer
 
-    def versions(self) -> dict[str, int]:
-        """By held parameter a number that grows with every change in place."""
-        return {name: p._version for name, p in self.held.items()}
+    def regrouped(self) -> bool:
+        """Whether the optimizer's groups hold other parameters than they did."""
+        groups = self.optimizer.param_groups
+        return tuple(tuple(self.names.get(p) for p in g["params"]) for g in groups) != (
+            self.spec.groups
+        )
+
+    def versions(self) -> dict[str, tuple[int, int]]:
+        """By held parameter and buffer a number that grows with changes in place, and its address.
+
+        Neither tells of changes in place through ``.data`` or a NumPy view (guard.py).
+        """
+        everything = {**self.held, **self.buffers}
+        return {name: (v._version, v.data_ptr()) for name, v in everything.items()}
+
+    def edited_since(self, versions: Mapping[str, tuple[int, int]], *, forward: bool) -> list[str]:
+        """The names of what has another version; ``forward``: a forward pass may move buffers."""
+        now = self.versions()
+        if now == versions:
+            return []
+        return [
+            name
+            for name, version in now.items()
+            if version != versions[name] and (name in self.held or not forward)
+        ]
 
     def evaluating(self) -> tuple[str, ...]:
         """The names of the submodules in evaluation mode."""
-        return tuple(
-            name for name, module in self.problem.model.named_modules() if not module.training
-        )
+        return tuple([name for name, module in self._modules() if not module.training])
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        """``named_modules()``, walked again only where a module has other children than before."""
+        known = self._walked
+        if known is None or any(m.__dict__["_modules"] != c for _, m, c in known):
+            walked = self.problem.model.named_modules()
+            known = self._walked = [(n, m, dict(m.__dict__["_modules"])) for n, m in walked]
+        return [(name, module) for name, module, _ in known]
 
     def without_gradient(self) -> tuple[str, ...]:
         """The names of held parameters without a gradient."""
@@ -125,6 +176,8 @@ class Observer:
 
 def _plain(name: str, value: Any) -> Any:
     """A hyperparameter as something JSON holds exactly."""
+    if type(value) in (bool, int, str, NoneType) or (type(value) is float and math.isfinite(value)):
+        return value
     if isinstance(value, Tensor):
         value = value.item()
     if isinstance(value, (list, tuple)):

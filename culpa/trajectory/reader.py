@@ -50,6 +50,7 @@ class LogReader:
     def __init__(self, source: Source, *, finished: bool) -> None:
         self.where = f"{source.where}/{LOG}"
         path, size = _place(source, finished)
+        self._plain = size if finished else None
         # immutable: neither a journal nor a write-ahead file beside a closed log is looked at.
         options = "mode=ro&immutable=1" if finished else "mode=ro"
         try:
@@ -114,10 +115,18 @@ class LogReader:
         return found
 
     def check_pages(self) -> None:
-        """SQLite's own check of every page and index."""
+        """SQLite's own check of every page and index; a closed log ends with its last page."""
         found = next(iter(self._run("every", "PRAGMA integrity_check(1)", ())))[0]
         if found != "ok":
             raise IntegrityError(f"{self.where} is damaged: {found}.")
+        pages, size = (
+            next(iter(self._run("every", f"PRAGMA {name}", ())))[0]
+            for name in ("page_count", "page_size")
+        )
+        if self._plain not in (None, pages * size):
+            raise IntegrityError(
+                f"{self.where} has {self._plain} bytes; its {pages} pages have {pages * size}."
+            )
 
     def _run(self, table: str, query: str, values: Sequence[Any]) -> Iterator[Any]:
         try:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.optim import Optimizer
 
 from culpa._version import __version__
 from culpa.errors import OptionError, StoreError, UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory import environment
+from culpa.trajectory import environment, jobs
 from culpa.trajectory import resume as resuming
 from culpa.trajectory.checkpoints import CheckpointPolicy, Thinned
 from culpa.trajectory.durability import Durability
+from culpa.trajectory.fits import describe_tensors
 from culpa.trajectory.observer import Observer
 from culpa.trajectory.recorder import Recorder
 from culpa.trajectory.resume import Resumption
-from culpa.trajectory.run import describe_tensors
 from culpa.trajectory.schema import LOG, MANIFEST, PACK, STATES, Manifest
+from culpa.trajectory.seal import as_recording
 from culpa.trajectory.settings import Settings
 from culpa.trajectory.state import State
 from culpa.trajectory.store import Store
+from culpa.trajectory.together import all_of, as_one
 from culpa.trajectory.writer import Writer
 from culpa.tree import Tree
 
@@ -35,28 +37,34 @@ from culpa.tree import Tree
 def record(
     path: str | Path,
     problem: Problem,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     scheduler: Any = None,
     scaler: Any = None,
     clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
     checkpoints: CheckpointPolicy | None = None,
     durability: Durability | None = None,
     examples: str = "stored",
     strict: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    append: bool = False,
 ) -> Generator[Recorder]:
     """Record the updates that ``optimizer`` makes inside this block into the folder ``path``.
 
     Args:
         path: a folder that does not exist yet.
         problem: the model and the loss the loop minimises.
-        optimizer: of ``torch.optim``; several parameter groups are fine.
-        scheduler: what sets the learning rates, if something does. Every update's are recorded in
-            any case; resuming puts the scheduler itself back too, so it needs to know it.
-        scaler: an enabled ``GradScaler`` is refused by this version.
+        optimizer: of ``torch.optim``; several parameter groups are fine. A list of optimizers of
+            disjoint parameters, if each of them steps once in every update.
+        scheduler: what sets the learning rates, if something does, or a list of such. Every
+            update's are recorded in any case; resuming puts the schedulers themselves back too, so
+            it needs to know them.
+        scaler: the ``GradScaler`` of a loop that scales its loss. Updates that it skips because a
+            gradient overflowed are no updates.
         clip_grad_norm: the ``max_norm`` if the loop calls ``clip_grad_norm_`` on all parameters.
+        clip_grad_value: the ``clip_value`` if it calls ``clip_grad_value_`` on all of them.
         checkpoints: which states to keep; default ``culpa.Thinned()``, O(sqrt(K)) of them.
         durability: how much a crash may cost; default ``culpa.Durability(2.0, 200)``: at most the
             last 200 updates.
@@ -68,10 +76,20 @@ def record(
             is recorded is passed over, and the final state is that of an undisturbed run
             (trajectory/resume.py says how, and what a loop must not do). A complete run is refused.
         overwrite: replace a run that ``path`` holds already.
+        append: go on with the complete run in ``path``, if there is one, by further stages: a job
+            after another, in this process or the next. Parameters and buffers must be as the run
+            left them; the optimizer is a new one, or goes on with the state it had. The loss may
+            be another: whoever walks the run again needs ``culpa.Problem.by_stage``, since
+            nothing tells whether two jobs had the same. The longer run has another root digest;
+            it lists those of its jobs, which every verification recomputes. If an appended job
+            crashes: run its script, not those of the jobs before, with ``append=True,
+            resume=True``; ``append=True, overwrite=True`` takes back what it recorded, and
+            nothing of the complete jobs before, and begins it anew.
 
     Yields:
         A ``Recorder``. The first update of each stage is executed a second time, from the same
         state, and compared bit for bit: a loop that does something unmodelled is told at once.
+        Later ones are now and then, within 1 % of the training time (trajectory/guard.py).
 
     Raises:
         StoreError: if ``path`` exists (or is no run, with ``overwrite``), or cannot be written
@@ -81,31 +99,43 @@ def record(
         ProblemError: if loss, model and optimizer do not fit together.
     """
     folder = Path(path)
-    if scaler is not None and scaler.is_enabled():
+    for name, bound in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+        if bound is not None and not bound > 0:
+            raise OptionError(f"{name} is the positive bound of the loop's call, got {bound}.")
+    if clip_grad_norm is not None and clip_grad_value is not None:
         raise UnsupportedError(
-            "an enabled GradScaler is not supported yet; record in float32 or bfloat16."
-        )
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise OptionError(
-            f"clip_grad_norm is the positive max_norm of the loop's call, got {clip_grad_norm}."
+            "clipping by norm and by value in the same update is not supported; their order would"
+            " matter. Declare one of them and leave the other out of the loop."
         )
     if examples not in ("stored", "reference"):
         raise OptionError(f"examples must be 'stored' or 'reference', got {examples!r}.")
     if resume and overwrite:
         raise OptionError("resume=True goes on with a run, overwrite=True removes it: pass one.")
     policy, durability = checkpoints or Thinned(), durability or Durability()
-    settings = Settings(policy, durability, clip_grad_norm, scheduler, strict)
-    observer = Observer(problem, optimizer)
-    ahead = _resumption(folder, problem, observer, scheduler) if resume else None
-    if ahead is None:
+    scaler = scaler if scaler is not None and scaler.is_enabled() else None
+    beside = all_of([*(scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]), scaler])
+    settings = Settings(policy, durability, clip_grad_norm, clip_grad_value, beside, scaler, strict)
+    observer = Observer(problem, as_one(optimizer))
+    begun = ahead = None
+    if append and (folder / MANIFEST).is_file():
+        begun = jobs.begin(folder, observer, examples, resume=resume, overwrite=overwrite)
+    if resume and begun is None:
+        ahead = _resumption(folder, problem, observer, scheduler, append=append)
+    base = jobs.Base()
+    if begun is not None:
+        base, initial, open_store = begun.base, begun.initial, partial(begun.open_store, folder)
+    elif ahead is None:
         initial = observer.state(observer.held, slots=True)
         _make_room(folder, replace=overwrite or resume)
         open_store = partial(_create, folder, observer, initial, examples)
     else:
+        base = jobs.base_of(ahead.run)
         observer.write(ahead.state, ahead.frozen)
-        initial = State(ahead.state.params, ahead.state.buffers)
+        out = ahead.run.tables.frozen_before(base.index)  # what takes them over comes in its stage
+        held = {name: v for name, v in ahead.state.params.items() if name not in out}
+        initial = State(held, ahead.state.buffers)
         open_store = partial(_reopen, folder, ahead)
-    recorder = _recorder(folder, open_store, observer, settings, initial, ahead)
+    recorder = _recorder(folder, open_store, observer, settings, initial, ahead, base)
     del ahead
     try:
         yield recorder
@@ -122,6 +152,7 @@ def _recorder(
     settings: Settings,
     initial: State,
     ahead: Resumption | None,
+    base: jobs.Base,
 ) -> Recorder:
     size = sum(v.nbytes for v in initial.params.values())
     writer = Writer(
@@ -132,7 +163,7 @@ def _recorder(
         strict=settings.strict,
         size=size,
     )
-    return Recorder(writer, observer, settings, initial, ahead)
+    return Recorder(writer, observer, settings, initial, ahead, base)
 
 
 def _create(folder: Path, observer: Observer, initial: State, examples: str) -> Store:
@@ -152,20 +183,25 @@ def _create(folder: Path, observer: Observer, initial: State, examples: str) -> 
 
 
 def _resumption(
-    folder: Path, problem: Problem, observer: Observer, scheduler: Any
+    folder: Path, problem: Problem, observer: Observer, scheduler: Any, *, append: bool
 ) -> Resumption | None:
     if not (folder / MANIFEST).is_file():
         return None
     ahead = resuming.load(folder, scheduler, observer.optimizer)
     if ahead is not None:
+        if ahead.run.manifest.earlier and not append:
+            raise OptionError(
+                f"the unfinished job in {folder} was appended to a run: pass append=True,"
+                " resume=True in its script."
+            )
         here = environment.capture(observer.params.values())
         environment.require_same(ahead.run.manifest.environment, here, str(folder))
-        ahead.recompute(problem)
+        ahead.recompute(jobs.of_this_job(ahead.run, problem))
     return ahead
 
 
 def _reopen(folder: Path, ahead: Resumption) -> Store:
-    return Store.reopen(folder, resuming.as_recording(ahead.run.manifest))
+    return Store.reopen(folder, as_recording(ahead.run.manifest))
 
 
 def _make_room(folder: Path, *, replace: bool) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
+from torch.optim import Optimizer
 
 from culpa.errors import OptionError, RecordError, StageError, UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import rng
-from culpa.trajectory.state import State
+from culpa.trajectory.together import as_one, members_of
 from culpa.trajectory.watch import Watch
 
 Batch = TypeVar("Batch")
@@ -25,26 +25,33 @@ class Recorder(Watch):
 
     @property
     def num_steps(self) -> int:
-        """Updates that need not be made (again): where a loop with ``step`` begins to count."""
+        """Updates that need not be made (again): where a loop with ``step`` begins to count.
+
+        Those of earlier jobs (``culpa.record(..., append=True)``) are not among them.
+        """
         ahead = self._resumption if self._skipping else None
-        return self._index if ahead is None else ahead.point.index
+        return (self._index if ahead is None else ahead.point.index) - self._base.index
 
     @contextmanager
     def stage(
         self,
         name: str,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         problem: Problem | None = None,
     ) -> Generator[None]:
         """Name the updates made inside: a stage. On resume, recorded ones pass without updates.
 
         Args:
             name: unique in the run.
-            optimizer: a new optimizer that takes over from here on.
-            problem: a new loss on the same model. (Not in this version: refused.)
+            optimizer: a new optimizer that takes over from here on, or several.
+            problem: another loss on the same module from here on. Whoever walks the run again
+                needs ``culpa.Problem.by_stage``; given that to ``culpa.record``, stages find
+                their problem by name, and the run can be resumed.
 
         Raises:
+            UnsupportedError: if ``problem`` is of another module.
+            ProblemError: if the problem by stages has none for this one.
             StageError: if stages overlap, a name repeats, or a stage ends without an update.
         """
         if self._explicit:
@@ -56,14 +63,20 @@ class Recorder(Watch):
             raise StageError(
                 f"stage name {name!r} is {'used twice' if name else 'empty'}; names must be unique."
             )
-        if problem is not None and problem is not self._observer.problem:
+        if problem is not None and problem.model is not self._observer.problem.model:
             raise UnsupportedError(
-                f"stage {name!r} brings its own problem; this version records one loss a run. Let"
-                " the loss function tell the stages apart by the batch it is given."
+                f"stage {name!r} brings a problem of another module. One run is of one module: let"
+                " it have from the beginning what trains later (a new head, adapters), and hand its"
+                " parameters to the optimizer of that stage; or record the stage as its own run."
             )
         self._end_stage()
-        if optimizer is not None and optimizer is not self._observer.optimizer:
-            self._replace(optimizer)
+        if problem is not None:
+            self._problem = problem
+        live = self._observer.optimizer if optimizer is None else as_one(optimizer)
+        if members_of(live) == self._observer.members:
+            live = self._observer.optimizer
+        if live is not self._observer.optimizer or self._observer.regrouped():
+            self._replace(live)
         self._begin_stage(name, explicit=True)
         yield
         start = -1 if self._stage is None else self._stage.start
@@ -80,7 +93,7 @@ class Recorder(Watch):
         Several batches before one update count as micro-batches, each weighted 1/n. On resume the
         batches of recorded updates are drawn and dropped (trajectory/resume.py).
         """
-        self._pending.clear()
+        self._forget_pending()
         loop, exhausted, before = self._loops.begin(self._index), False, rng.capture()
         if self._skipping and self._resumption is not None:
             iterator, recorded = self._resumption.skip(loop.number, loader)
@@ -103,7 +116,7 @@ class Recorder(Watch):
                     return
                 now = rng.capture()
                 self._loops.drew(loop, before, now)
-                self._arrive([batch], None, loop)
+                self._arrive([batch], None, loop, now)
                 yield batch
                 before = rng.capture()
         finally:
@@ -125,17 +138,42 @@ class Recorder(Watch):
                 "recorder.step needs at least one micro-batch and one weight each, got "
                 f"{len(micro_batches)} and {0 if listed is None else len(listed)} weights."
             )
-        self._pending.clear()
-        self._arrive(list(micro_batches), listed, None)
+        self._forget_pending()
+        self._arrive(list(micro_batches), listed, None, rng.capture())
         before = self._index
         yield
+        if self._watching and self._settings.scaler is not None and self._index == before:
+            return  # it skipped the update; whether it did shows when the next one begins
         if self._watching and self._index != before + 1:
             raise RecordError(
                 f"recorder.step saw {self._index - before} updates inside; it must be one."
             )
 
+    def micro_batch(self, batch: Any, weight: float | None = None) -> None:
+        """For callbacks of frameworks, which see batch after batch: called before its forward.
+
+        The next update is made of all batches announced since the update before.
+
+        Args:
+            batch: what ``loss(model, batch)`` is about to be called with.
+            weight: what its loss is multiplied by; default: each is divided by their number.
+
+        Raises:
+            OptionError: if some micro-batches of an update have a weight and others have none.
+        """
+        self._look_at_scale()
+        begun = len(self._pending) > self._discarded
+        before = (self._weights or ()) if begun else ()
+        if begun and (weight is None) != (self._weights is None):
+            raise OptionError("give every micro-batch of an update a weight, or none of them.")
+        weights = None if weight is None else (*before, float(weight))
+        self._arrive([batch], weights, None, rng.capture())
+
     def close(self, status: str, reason: str) -> None:
         """Finish the record. Called by ``culpa.record``."""
+        half_made = self._half_made() if self._stepped and status == "complete" else ""
+        if half_made:
+            status, reason = "interrupted", half_made
         if not self._skipping:
             self._end_stage()
         self._stop_watching()
@@ -144,13 +182,17 @@ class Recorder(Watch):
             self._writer.close(None, "recording", reason, ahead.point.seconds)
             if status == "complete":
                 raise RecordError(
-                    f"the resumed script ended at update {self.num_steps}, but {ahead.num_steps}"
-                    " are recorded. Resume with the script and the data that were recorded."
+                    f"the resumed script ended at update {self.num_steps}, but"
+                    f" {ahead.num_steps - self._base.index} are recorded. Resume with the script"
+                    " and the data that were recorded."
                 )
             return
         # An update that was refused has moved the live optimizer already: it ends before that one.
-        slots = (
-            self._before.state.slots if self._before else self._observer.state({}, slots=True).slots
-        )
-        final = State(self._last.params, self._last.buffers, slots)
+        if self._before is not None:
+            slots = self._before.state.slots
+        else:  # of several optimizers one may have moved
+            slots = {} if self._stepped else self._observer.state({}, slots=True).slots
+        final = self._last_with(slots)
         self._writer.close(final, status, reason, self.training_seconds)
+        if half_made:
+            raise RecordError(half_made)

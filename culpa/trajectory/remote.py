@@ -49,7 +49,7 @@ class Remote:
             found = self._files.find(self._root, detail=True)
         except FileNotFoundError:
             return {}
-        except OSError as error:
+        except Exception as error:  # each store fails in its own way
             raise StoreError(f"{self.where} cannot be listed: {error}.") from error
         names = {path: path.removeprefix(self._root).lstrip("/") for path in found}
         return {names[path]: int(facts["size"] or 0) for path, facts in found.items()}
@@ -60,7 +60,7 @@ class Remote:
             data: bytes = self._files.cat_file(self._path(name))
         except FileNotFoundError as error:
             raise IntegrityError(f"{self.where}/{name} is missing.") from error
-        except OSError as error:
+        except Exception as error:  # each store fails in its own way
             raise StoreError(f"{self.where}/{name} cannot be fetched: {error}.") from error
         self._count(name, len(data))
         return memoryview(data)
@@ -79,7 +79,7 @@ class Remote:
             )
         except FileNotFoundError as error:
             raise IntegrityError(f"{self.where}/{name} is missing.") from error
-        except OSError as error:
+        except Exception as error:  # each store fails in its own way
             raise StoreError(f"{self.where}/{name} cannot be fetched: {error}.") from error
         self._count(name, sum(map(len, parts)))
         views, starts = [memoryview(part) for part in parts], [start for start, _ in wanted]

@@ -187,10 +187,7 @@ def replay(
             state, executed = engine.state(), len(updates) - len(removed)
             if removed and not engine.fidelity.exact:
                 progress.finish()
-                progress.start("measure drift", len(updates))
-                for _ in forward(run, engine, at, run.num_steps):
-                    progress.advance()
-                executed += len(updates)
+                executed += measure_drift(run, engine, at, progress)
     finally:
         progress.finish()
     return Counterfactual(
@@ -203,6 +200,18 @@ def replay(
         run,
         problem,
     )
+
+
+def measure_drift(run: Run, engine: Engine, start: int, progress: Progress) -> int:
+    """Compare the observed history from ``start`` on with the states that the record keeps.
+
+    For numbers made off the record in a session that allows drift. Returns how many updates it
+    executed; ``engine.fidelity`` has the outcome.
+    """
+    progress.start("measure drift", run.num_steps - start)
+    for _ in forward(run, engine, start, run.num_steps):
+        progress.advance()
+    return run.num_steps - start
 
 
 def execute(

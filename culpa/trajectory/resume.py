@@ -38,9 +38,11 @@ from culpa.trajectory.observer import Observer
 from culpa.trajectory.point import EndedLoop, Point, plain, shaped
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.run import Run, open_run
-from culpa.trajectory.schema import LOG, Manifest, Stage
+from culpa.trajectory.schema import LOG, Stage
+from culpa.trajectory.seal import as_recording
 from culpa.trajectory.state import State
 from culpa.trajectory.store import Store
+from culpa.trajectory.together import members_of
 from culpa.tree import Tree
 
 
@@ -219,7 +221,8 @@ def load(folder: Path, scheduler: Any, optimizer: Any) -> Resumption | None:
             f"{folder} was recorded with examples='reference': its batches are elsewhere, so the"
             " state at the last commit cannot be recomputed here. Record anew."
         )
-    if scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    driven = [m for m in members_of(optimizer) if hasattr(m.step, "_wrapped_by_lr_sched")]
+    if scheduler is None and driven:
         raise OptionError(
             "a learning-rate scheduler drives this optimizer: pass it, culpa.record(...,"
             " scheduler=scheduler), so that its state is recorded and put back on resume."
@@ -244,18 +247,12 @@ def _read(folder: Path) -> tuple[list[Loop], dict[int, bytes], bytes | None]:
         raise StoreError(f"{folder} cannot be resumed, its log is damaged: {error}.") from error
     finally:
         connection.close()
+    content.pop(log.SEAL, None)
     point, loops = content.pop(log.POINT, None), list[Loop]()
     for key in [k for k in content if log.loop_id((k >> 32) - 1) == k]:
         ended = msgspec.msgpack.decode(content.pop(key), type=EndedLoop)
         loops.append(Loop((key >> 32) - 1, *ended))
     return loops, content, point
-
-
-def as_recording(manifest: Manifest) -> Manifest:
-    """The manifest of a run that goes on."""
-    return msgspec.structs.replace(
-        manifest, status="recording", reason="", num_steps=0, root_digest="", plain_seconds=0.0
-    )
 
 
 def scheduler_state(scheduler: Any) -> tuple[Any, str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+
+from culpa.trajectory import memory
 
 
 class RandomState(msgspec.Struct, frozen=True):
@@ -30,16 +33,70 @@ class RandomState(msgspec.Struct, frozen=True):
         return msgspec.msgpack.decode(data, type=cls)
 
 
-def capture() -> RandomState:
-    """The generators as they are now (about 30 microseconds, 10 kB)."""
+class _Asked:
+    """A generator's state as bytes; asked for anew only where the memory it lies in has changed."""
+
+    def __init__(self, ask: Callable[[], bytes]) -> None:
+        self._ask = ask
+        self._last: tuple[Any, bytes] | None = None
+
+    def state(self, key: Any) -> bytes:
+        """The state, given all of what it follows from; ``None``: that is not known."""
+        last = self._last
+        if last is not None and key is not None and key == last[0]:
+            return last[1]
+        found = self._ask()
+        self._last = (key, found)
+        return found
+
+
+class _Global:
+    """The global generators of Python and NumPy, and where they keep their words (memory.py)."""
+
+    def __init__(self) -> None:
+        self._python: Any = getattr(random.getstate, "__self__", None)
+        self._numpy: Any = getattr(np.random.get_state, "__self__", None)
+        self._python_at = memory.of_python(self._python)
+        self._numpy_at = memory.of_numpy(self._numpy)
+        self._asked_python, self._asked_numpy = _Asked(_ask_python), _Asked(_ask_numpy)
+
+    def python(self) -> bytes:
+        at = self._python_at
+        return self._asked_python.state(at and (at.read(), self._python.gauss_next))
+
+    def numpy(self) -> bytes:
+        at = self._numpy_at
+        if at is not None and at[0].owner is not self._numpy._bit_generator:
+            at = None  # np.random.set_bit_generator has replaced what was looked at
+        return self._asked_numpy.state(at and (at[0].read(), at[1].read()))
+
+
+@cache
+def _global() -> _Global:
+    return _Global()
+
+
+def _ask_python() -> bytes:
     version, words, gauss = random.getstate()
+    return msgspec.msgpack.encode([version, np.array(words, dtype=np.uint32).tobytes(), gauss])
+
+
+def _ask_numpy() -> bytes:
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the user's own)
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    words = np.asarray(keys, dtype=np.uint32).tobytes()
+    return msgspec.msgpack.encode([str(kind), words, position, has_gauss, cached])
+
+
+def capture() -> RandomState:
+    """The generators as they are now: 4 microseconds, and 50 more where Python's or NumPy's moved.
+
+    Parts that did not move since the last call are the same objects as then.
+    """
+    known = _global()
+    cuda = torch.cuda.is_initialized()
     return RandomState(
-        python=msgspec.msgpack.encode([version, np.array(words, dtype=np.uint32).tobytes(), gauss]),
-        numpy=msgspec.msgpack.encode(
-            [str(kind), np.asarray(keys, dtype=np.uint32).tobytes(), position, has_gauss, cached]
-        ),
+        python=known.python(),
+        numpy=known.numpy(),
         torch_cpu=torch.get_rng_state().numpy().tobytes(),
         torch_cuda=tuple(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())
         if cuda

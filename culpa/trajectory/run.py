@@ -5,16 +5,15 @@ from __future__ import annotations
 import sqlite3
 from bisect import bisect_right
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import Tensor
 
-from culpa import tree
 from culpa.errors import CulpaError, IntegrityError, OptionError, StageError, StoreError
 from culpa.trajectory import batches, examples
+from culpa.trajectory.fits import describe_tensors, require_state
 from culpa.trajectory.layout import DAMAGED
 from culpa.trajectory.reader import LogReader
 from culpa.trajectory.rng import RandomState
@@ -115,16 +114,39 @@ class Run:
         return self.state(self.num_steps).buffers
 
     def frozen_parameters(self) -> Tree:
-        """The parameters that no optimizer held."""
-        return self._read_state(FROZEN_NAME).params
+        """The parameters that no optimizer ever held."""
+        joined = self.tables.joined
+        found = self._read_state(FROZEN_NAME, None).params
+        return {name: value for name, value in found.items() if name not in joined}
 
     def state(self, k: int) -> State:
-        """A kept state; raises ``StoreError`` for one that is not kept."""
+        """A kept state; raises ``StoreError`` for one that is not kept.
+
+        What trains at any time of the run is in it, also before an optimizer holds it.
+        """
         if k not in self.tables.states:
             raise StoreError(
                 f"s_{k} is not kept in {self.path}; nearest before it: {self.kept_before(k)}."
             )
-        return self._read_state(state_name(k))
+        state = self._read_state(state_name(k), self.tables.frozen_before(k))
+        later = {name: v for name, v in self._joining.items() if name not in state.params}
+        return State(state.params | later, state.buffers, state.slots) if later else state
+
+    def held_before(self, state: State, k: int) -> State:
+        """``state`` without the parameters that no optimizer held before update k."""
+        if not self.tables.joined:
+            return state
+        out = self.tables.frozen_before(k)
+        held = {name: value for name, value in state.params.items() if name not in out}
+        return State(held, state.buffers, state.slots)
+
+    @cached_property
+    def _joining(self) -> Tree:
+        """The parameters that were frozen first and trained later, as they were at first."""
+        joined = self.tables.joined
+        if not joined:
+            return {}
+        return {n: v for n, v in self._read_state(FROZEN_NAME, None).params.items() if n in joined}
 
     def kept_before(self, k: int) -> int:
         """The largest kept index <= k."""
@@ -132,7 +154,7 @@ class Run:
 
     def example_ids(self, k: int) -> tuple[int, ...]:
         """The training examples of update k, in the order of its batch (micro-batches in turn)."""
-        return tuple(row for micro in self.step(k).micro_batches for row in micro.rows)
+        return tuple(row for micro in self.step(k).contributing for row in micro.rows)
 
     def batches_of(self, k: int) -> list[Any]:
         """The micro-batches of update k, as the loader yielded them."""
@@ -178,12 +200,15 @@ class Run:
 
         return verify_run(self, problem, level, progress, sample, root_digest)
 
-    def _read_state(self, name: str) -> State:
+    def _read_state(self, name: str, frozen: frozenset[str] | None) -> State:
         try:
             data = self.source.read(name)
             if len(data) > physical_memory():
                 raise IntegrityError(f"it has {len(data)} bytes, more than this machine's memory")
-            return State.decode(data)
+            state = State.decode(data)
+            found = describe_tensors(state.flat())
+            require_state(self.manifest, found, frozen)
+            return state
         except CulpaError as error:
             raise _about(self.source, name, error) from error
 
@@ -273,22 +298,3 @@ def _given(run: Run, data: Any, collate: examples.Collate | None) -> examples.Ro
             " map-style data set pass collate= too."
         )
     return examples.FromBatches(wanted, layouts, data, run.source.where)
-
-
-def same_model(run: Run, params: dict[str, Tensor]) -> list[str]:
-    """What differs between a model's parameters and those recorded, one line each."""
-    here = describe_tensors(params)
-    recorded = run.manifest.parameters
-    return [
-        f"{name}: recorded {recorded.get(name, 'nothing')}, given {here.get(name, 'nothing')}"
-        for name in sorted(recorded.keys() | here.keys())
-        if recorded.get(name) != here.get(name)
-    ]
-
-
-def describe_tensors(tensors: Tree) -> dict[str, str]:
-    """Name -> dtype and shape, as manifests hold them."""
-    described = tree.map_values(lambda v: v, tensors)
-    return {
-        n: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for n, v in described.items()
-    }

@@ -52,17 +52,30 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Group(msgspec.Struct, frozen=True):
-    """One parameter group at one update: the names it holds and its hyperparameters."""
+    """One parameter group at one update: the names it holds, its hyperparameters, and the class.
+
+    ``optimizer`` is the class's name as the record has it (trajectory/optimizers.py).
+    """
 
     names: tuple[str, ...]
     hyper: dict[str, Any]
+    optimizer: str
 
 
-class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Which optimizer made an update, by torch class name, and which parameters it held."""
 
     name: str
+    """Of the class; of several optimizers, what to call them together."""
     groups: tuple[tuple[str, ...], ...]
+    members: tuple[tuple[str, Annotated[int, msgspec.Meta(ge=1)]], ...] = ()
+    """Of several optimizers, in order: the class of each, and how many of the groups are its."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class of every group's optimizer."""
+        members = self.members or ((self.name, len(self.groups)),)
+        return tuple(name for name, count in members for _ in range(count))
 
 
 class MicroBatch(msgspec.Struct, frozen=True):
@@ -100,19 +113,46 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of parameters and buffers after the update (trajectory/digest.py)."""
     fingerprints: bytes
     """The first four bytes of each tensor's digest, in the order of names: they name a culprit."""
+    stage: str = ""
+    """The stage it belongs to."""
+    loss: int = 0
+    """Which of the run's problems, in the order of their first use, its loss is of."""
+    clip_grad_value: float | None = None
+    loss_scale: float | None = None
+    """What a ``GradScaler`` multiplied the loss by, and divided the gradients by."""
+    discarded: int = 0
+    """So many of the first micro-batches were only passed forward: the gradients of the update
+    they were drawn for overflowed, and a ``GradScaler`` skipped it."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """The parameter groups with their hyperparameters at this update."""
         return tuple(
-            Group(names, hyper)
-            for names, hyper in zip(self.optimizer.groups, self.hypers, strict=True)
+            Group(names, hyper, name)
+            for names, hyper, name in zip(
+                self.optimizer.groups, self.hypers, self.optimizer.classes, strict=True
+            )
         )
+
+    @property
+    def contributing(self) -> tuple[MicroBatch, ...]:
+        """The micro-batches that its gradient is made of."""
+        return self.micro_batches[self.discarded :]
 
     @property
     def held(self) -> tuple[str, ...]:
         """The names of all parameters the optimizer held."""
         return tuple(name for names in self.optimizer.groups for name in names)
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A complete run that a further job went on with, as its manifest had it."""
+
+    stop: Annotated[int, msgspec.Meta(ge=1)]
+    """Its number of updates: here the further job begins."""
+    plain_seconds: Annotated[float, msgspec.Meta(ge=0)]
+    root_digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    """What is recomputed of it, from the longer run, by every verification (jobs.py)."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,6 +178,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Why a run is interrupted or truncated."""
     plain_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """Wall time of the updates themselves, for forecasts."""
+    jobs: tuple[Job, ...] | msgspec.UnsetType = msgspec.UNSET
+    """The complete runs, shorter each, that were gone on with. Not written if there is none."""
+
+    @property
+    def earlier(self) -> tuple[Job, ...]:
+        """The jobs that later ones went on with, in order; none, of most runs."""
+        return () if isinstance(self.jobs, msgspec.UnsetType) else self.jobs
 
     @property
     def finished(self) -> bool:

@@ -16,5 +16,8 @@ class Settings:
     policy: CheckpointPolicy
     durability: Durability
     clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
     scheduler: Any = None
+    """What has a state beside the optimizers: the schedulers, and the scaler."""
+    scaler: Any = None
     strict: bool = False

@@ -98,3 +98,10 @@ def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tupl
         if not worst or size > most:
             worst, most = name, size
     return worst, most
+
+
+def file_size(state: State) -> int:
+    """The bytes of a state's file, without making it: tensors, and their names and shapes."""
+    flat = state.flat()
+    header = sum(len(name) + 80 + 12 * value.ndim for name, value in flat.items())
+    return 16 + header + sum(value.nbytes for value in flat.values())

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 
@@ -26,19 +27,16 @@ import msgspec
 from blake3 import blake3
 
 from culpa.trajectory import digest, files, log
-from culpa.trajectory.batches import EncodedBatch
 from culpa.trajectory.chain import (
     ChainedMicroBatch,
-    StepDetail,
     StoredMicroBatch,
     field_fingerprints,
     link_content,
-    root_digest,
 )
 from culpa.trajectory.checkpoints import CheckpointPolicy
-from culpa.trajectory.point import LoopEnd, Point
-from culpa.trajectory.rng import RandomState
-from culpa.trajectory.rows import RowIndex
+from culpa.trajectory.commits import Commit
+from culpa.trajectory.point import LoopEnd
+from culpa.trajectory.rows import LookedUp, RowIndex
 from culpa.trajectory.schema import (
     FROZEN_NAME,
     LOG,
@@ -50,42 +48,22 @@ from culpa.trajectory.schema import (
     Stage,
     state_name,
 )
+from culpa.trajectory.seal import Resuming, as_closed
 from culpa.trajectory.state import State
 
 LARGE_STATE = 2**24  # bytes; the updates before such a state are committed before it is written
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One applied update on its way to the disk. ``after.slots`` is filled if ``keep``."""
-
-    index: int
-    stage: Stage
-    optimizer: OptimizerSpec
-    hypers: bytes
-    batches: Sequence[tuple[EncodedBatch, RandomState | None]]
-    detail: StepDetail
-    after: State
-    keep: bool
-    draws: Sequence[tuple[int, int, RandomState]] = ()
-    """Loop, number of the batch, and the generators before it was drawn, where drawing moved
-    them."""
-    point: Point | None = None
-
-
-@dataclass(frozen=True)
-class Keep:
-    """A state to keep at a boundary of stages, its slots included."""
-
-    index: int
-    state: State
 
 
 class Store:
     """One run folder being written. Errors of disk and database come through as they are."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, connection: sqlite3.Connection, pack: FileIO
+        self,
+        folder: Path,
+        manifest: Manifest,
+        connection: sqlite3.Connection,
+        pack: FileIO,
+        frozen: bytes,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -95,6 +73,8 @@ class Store:
         self._link = bytes(digest.DIGEST_BYTES)
         self._ids: dict[str, dict[bytes, int]] = {t: {} for t in ("layout", "optimizer", "hypers")}
         self._rows = RowIndex(connection, pack, stored=manifest.examples == "stored")
+        self._resuming = Resuming(connection, frozen)
+        self._steps: list[tuple[object, ...]] = []  # rows of the log that wait for the commit
         self._stage: Stage | None = None
         self.kept: set[int] = set()
 
@@ -106,7 +86,7 @@ class Store:
         with contextlib.ExitStack() as undo:
             undo.callback(log.abandon, connection := log.create(folder / LOG))
             undo.callback((pack := files.open_new(folder / PACK)).close)
-            store = cls(folder, manifest, connection, pack)
+            store = cls(folder, manifest, connection, pack, frozen.digest())
             store.keep(0, initial, None)
             store.commit()
             files.flush_folder(folder)
@@ -121,7 +101,8 @@ class Store:
             undo.callback(log.abandon, connection := log.reopen(folder / LOG))
             end = log.rows(connection, "SELECT max(offset + size) FROM example")[0][0] or 0
             undo.callback((pack := files.open_at(folder / PACK, max(end, 0))).close)
-            store = cls(folder, manifest, connection, pack)
+            frozen = State.decode((folder / FROZEN_NAME).read_bytes()).digest()
+            store = cls(folder, manifest, connection, pack, frozen)
             store._load()
             store._remove_orphans()
             store._write_manifest()
@@ -132,38 +113,39 @@ class Store:
         for table, known in self._ids.items():
             known.update(log.rows(self._log, f"SELECT json, id FROM {table}"))
         self._rows.load()
+        self._resuming.load()
         found = log.rows(self._log, "SELECT k + 1, chain FROM step ORDER BY k DESC LIMIT 1")
         if found:
             self.num_steps, self._link = found[0]
         self.committed = self.num_steps
         self.kept = {k for (k,) in log.rows(self._log, "SELECT k FROM state")}
 
-    def append(self, commit: Commit, policy: CheckpointPolicy) -> None:
+    def look_up(self, commits: Sequence[Commit]) -> list[list[LookedUp]]:
+        """The rows of updates that are to be appended: which are known already. Writes nothing."""
+        found = self._rows.look_up([batch for commit in commits for batch, _ in commit.batches])
+        return [[found.pop(0) for _ in commit.batches] for commit in commits]
+
+    def append(self, commit: Commit, rows: Sequence[LookedUp], policy: CheckpointPolicy) -> None:
         """Write one update; durable with the next commit."""
         self.dirty = True
         digests = commit.after.step_digests()
         step = digest.combine(digests)
         fingerprints = b"".join(d[: digest.FINGERPRINT_BYTES] for d in digests)
-        optimizer, detail = (
-            msgspec.json.encode(commit.optimizer),
-            msgspec.json.encode(commit.detail),
-        )
+        optimizer, detail = _json(commit.optimizer), msgspec.json.encode(commit.detail)
         stored: list[StoredMicroBatch] = []
         chained: list[ChainedMicroBatch] = []
-        for batch, random in commit.batches:
-            layout = batch.layout.encode()
+        for (batch, random), looked_up in zip(commit.batches, rows, strict=True):
+            layout, placements = batch.form.json, batch.form.placements
             number = self._id("layout", layout)
-            ids, row_digests = self._rows.find(layout, number, batch.rows)
+            ids, row_digests = self._rows.find(layout, number, looked_up)
             encoded = random.encode() if random is not None else None
             stored.append(
-                (number, ids.astype("<u4").tobytes(), self._random(encoded), batch.placements)
+                (number, struct.pack(f"<{len(ids)}I", *ids), self._random(encoded), placements)
             )
             random_digest = blake3(encoded).digest() if encoded else None
-            chained.append((layout, row_digests, random_digest, batch.placements))
-        content = link_content(
-            commit.index, optimizer, commit.hypers, chained, detail, step, fingerprints
-        )
-        self._link = digest.chain(self._link, content)
+            chained.append((layout, row_digests, random_digest, placements))
+        content = (optimizer, commit.hypers, chained, detail, step, fingerprints)
+        self._link = digest.chain(self._link, link_content(commit.index, *content))
         values = (
             commit.index,
             self._id("optimizer", optimizer),
@@ -173,26 +155,26 @@ class Store:
             step,
             fingerprints,
             self._link,
-            field_fingerprints(content),
+            field_fingerprints(*content),
         )
-        self._insert("INTO step VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        self._steps.append(values)
         for loop, number, random in commit.draws:
-            self._resume(log.draw_id(loop, number), random.encode())
+            self._resuming.write(log.draw_id(loop, number), random.encode())
         if commit.point is not None:
-            self._resume(log.POINT, commit.point.encode())
+            self._resuming.write(log.POINT, commit.point.encode())
         if self._stage is None or commit.stage.name != self._stage.name:
             self._write_stage()
         self._stage = commit.stage
         self.num_steps = commit.index + 1
-        if commit.keep:
-            self.keep(self.num_steps, commit.after, policy)
+        if commit.slots is not None:
+            self.keep(self.num_steps, commit.after.state(commit.slots), policy)
 
     def end_loop(self, end: LoopEnd) -> None:
         """A loop over batches ended."""
         self.dirty = True
         for number, random in end.drawn:
-            self._resume(log.draw_id(end.number, number), random.encode())
-        self._resume(log.loop_id(end.number), end.encode())
+            self._resuming.write(log.draw_id(end.number, number), random.encode())
+        self._resuming.write(log.loop_id(end.number), end.encode())
 
     def keep(self, index: int, state: State, policy: CheckpointPolicy | None) -> None:
         """Write a state, and drop those that the policy no longer wants."""
@@ -205,7 +187,9 @@ class Store:
         self._insert("INTO state VALUES (?, ?, ?)", (index, state.digest(), len(data)))
         self.kept.add(index)
         self.dirty = True
-        drop = [k for k in self.kept - {0, index} if policy and policy.obsolete(k, index)]
+        began = max((job.stop for job in self.manifest.earlier), default=0)
+        own = [k for k in self.kept - {index} if k > began]  # those of earlier jobs stay
+        drop = [k for k in own if policy and policy.obsolete(k, index)]
         if drop:
             for k in drop:
                 log.execute(self._log, "DELETE FROM state WHERE k = ?", (k,))
@@ -217,7 +201,9 @@ class Store:
     def commit(self) -> None:
         """Make everything so far durable."""
         self._rows.flush()  # rows first: the log must not name bytes that are not there
+        self._write_steps()
         self._write_stage()
+        self._resuming.seal(self.manifest, self._link)
         log.commit(self._log)
         self.committed, self.dirty = self.num_steps, False
 
@@ -225,30 +211,20 @@ class Store:
         """Write the final state, close the log, and last of all the manifest with the root."""
         if final is not None:
             self.keep(self.num_steps, final, None)
-        if status == "complete":
-            log.execute(self._log, "DELETE FROM resume")
+        closed = as_closed(self.manifest, self.num_steps, status, reason, seconds)
+        if closed.status == "complete":
+            self._resuming.clear()
+        self._write_steps()
         self._write_stage()
+        self._resuming.seal(closed, self._link)
         self._rows.flush()
         self._rows.close()
-        stages = [
-            Stage(*row)
-            for row in log.rows(self._log, "SELECT name, start, stop FROM stage ORDER BY start")
-        ]
-        states = log.rows(self._log, "SELECT k, digest FROM state ORDER BY k")
-        log.close(self._log, self.folder / LOG, compact=status == "complete")
+        root = self._resuming.root(closed, self._link)
+        log.close(self._log, self.folder / LOG, compact=closed.status == "complete")
         self._remove_orphans()
         if status == "recording":
             return
-        frozen = State.decode((self.folder / FROZEN_NAME).read_bytes()).digest()
-        self.manifest = msgspec.structs.replace(
-            self.manifest,
-            status=status,
-            reason=reason,
-            num_steps=self.num_steps,
-            plain_seconds=seconds,
-        )
-        root = root_digest(self.manifest, self._link, stages, states, frozen)
-        self.manifest = msgspec.structs.replace(self.manifest, root_digest=root)
+        self.manifest = msgspec.structs.replace(closed, root_digest=root)
         self._write_manifest()
 
     def truncate(self, reason: str) -> None:
@@ -260,6 +236,12 @@ class Store:
 
     def _write_manifest(self) -> None:
         files.write_durably(self.folder / MANIFEST, self.manifest.encode())
+
+    def _write_steps(self) -> None:
+        if self._steps:
+            query = "INSERT INTO step VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            log.execute_many(self._log, query, self._steps)
+            self._steps = []
 
     def _write_stage(self) -> None:
         if self._stage is not None:
@@ -278,9 +260,6 @@ class Store:
     def _insert(self, rest: str, values: Sequence[object]) -> int:
         return log.execute(self._log, f"INSERT {rest}", values)
 
-    def _resume(self, *row: int | bytes) -> None:
-        self._insert("OR REPLACE INTO resume VALUES (?, ?)", row)
-
     def _id(self, table: str, content: bytes) -> int:
         known = self._ids[table]
         if content not in known:
@@ -293,8 +272,6 @@ class Store:
         return None if encoded is None else self._insert(insert, (encoded,))
 
 
-def file_size(state: State) -> int:
-    """The bytes of a state's file, without making it: tensors, and their names and shapes."""
-    flat = state.flat()
-    header = sum(len(name) + 80 + 12 * value.ndim for name, value in flat.items())
-    return 16 + header + sum(value.nbytes for value in flat.values())
+@lru_cache(maxsize=64)
+def _json(spec: OptimizerSpec) -> bytes:
+    return msgspec.json.encode(spec)

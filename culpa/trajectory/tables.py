@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -48,6 +50,23 @@ class Tables:
         self._check_states()
         self._check_optimizers()
 
+    @cached_property
+    def joined(self) -> dict[str, int]:
+        """Parameters that were frozen when recording began: the first update that held each."""
+        groups = [{n for group in spec.groups for n in group} for spec in self.optimizers]
+        later = [held & {*self.manifest.frozen} for held in groups]
+        found: dict[str, int] = {}
+        if any(later):
+            for k, optimizer in self.log.rows("step", ("k", "optimizer")):
+                for name in later[optimizer] if 0 <= optimizer < len(later) else ():
+                    found.setdefault(name, k)
+        return found
+
+    def frozen_before(self, k: int) -> frozenset[str]:
+        """The parameters that no optimizer held in the updates before k: s_k is without them."""
+        joined = self.joined
+        return frozenset(n for n in self.manifest.frozen if n not in joined or joined[n] >= k)
+
     def digests(self) -> list[bytes]:
         """Of every training example, by its number."""
         return [digest for _, digest in self.log.numbered("example", ("id", "digest"))]
@@ -78,8 +97,9 @@ class Tables:
         )
         if len(spec.groups) != len(values):
             raise self._wrong(k, "hypers", "has not one entry for each parameter group")
-        if not stored or (facts.weights is not None and len(facts.weights) != len(stored)):
-            raise self._wrong(k, "micro_batches", f"has {len(stored)}, not one for each weight")
+        count = len(stored) - facts.discarded
+        if count < 1 or (facts.weights is not None and len(facts.weights) != count):
+            raise self._wrong(k, "micro_batches", f"has {count}, not one for each weight")
         if len(digest) != DIGEST_BYTES or len(fingerprints) % FINGERPRINT_BYTES:
             raise self._wrong(k, "digest or fingerprints", "has a wrong length")
         return StepRecord(
@@ -89,6 +109,7 @@ class Tables:
             micro_batches=tuple(self._micro_batch(k, *m) for m in stored),
             digest=digest,
             fingerprints=fingerprints,
+            stage=self._stage_of(k),
             **msgspec.structs.asdict(facts),
         )
 
@@ -144,6 +165,10 @@ class Tables:
         """How long the pack is."""
         return found
 
+    def _stage_of(self, k: int) -> str:
+        at = bisect_right(self.stages, k, key=lambda stage: stage.start) - 1
+        return self.stages[at].name if at >= 0 and k < self.stages[at].stop else ""
+
     def _stages(self) -> tuple[Stage, ...]:
         found: list[Stage] = []
         for row in self.log.rows("stage"):
@@ -151,9 +176,6 @@ class Tables:
             if len(found) > self.num_steps + 1:
                 raise IntegrityError(f"{self.where}: more stages than updates.")
         found.sort(key=lambda stage: stage.start)
-        if not self.manifest.finished:  # what a crash took is in no stage
-            clipped = [Stage(s.name, s.start, min(s.stop, self.num_steps)) for s in found]
-            found = [stage for stage in clipped if stage.stop > stage.start]
         at = 0
         for stage in found:
             if not stage.name or not at <= stage.start < stage.stop <= self.num_steps:
@@ -179,6 +201,11 @@ class Tables:
         known = self.manifest.parameters.keys()
         for spec in self.optimizers:
             names = [name for group in spec.groups for name in group]
+            if sum(count for _, count in spec.members) not in (0, len(spec.groups)):
+                raise IntegrityError(
+                    f"{self.where}: table optimizer has {len(spec.groups)} groups, and other"
+                    " numbers of them for its members."
+                )
             if len(set(names)) != len(names) or not known >= {*names}:
                 raise IntegrityError(
                     f"{self.where}: table optimizer names a parameter twice, or one that the"

@@ -62,9 +62,11 @@ def verify_run(
         raise OptionError(f"sample= is a number of segments for level='replay', got {sample}.")
     hashed, examples = check_digests(run)
     if root_digest is not None and root_digest.lower() != run.root_digest:
+        begins = [j.stop for j in run.manifest.earlier if j.root_digest == root_digest.lower()]
         raise IntegrityError(
             f"{run.source.where} is whole, but not the run quoted: its root digest is"
-            f" {run.root_digest or 'none (unfinished)'}, expected {root_digest}."
+            f" {run.root_digest or 'none (unfinished)'}, expected {root_digest}"
+            + (f", which is that of its first {begins[0]} updates." if begins else ".")
         )
     executed = 0
     if problem is not None and level == "replay":
@@ -107,10 +109,12 @@ def _segments(run: Run) -> Sequence[tuple[int, int]]:
 def _same_as_kept(run: Run, transition: Transition) -> None:
     """Where a state was kept, compare the optimizer's slots too; each update's record has none."""
     k = transition.index + 1
-    if k not in run.tables.states or transition.after.digest() == run.tables.states[k][0]:
+    after = run.held_before(transition.after, k)
+    if k not in run.tables.states or after.digest() == run.tables.states[k][0]:
         return
-    if k == run.num_steps and not run.state(k).slots:
-        return  # the loop cleared or replaced its optimizer after the last update
+    ends = {run.num_steps, *(job.stop for job in run.manifest.earlier)}
+    if k in ends and not run.state(k).slots:
+        return  # the loop cleared or replaced its optimizer after a job's last update
     raise IntegrityError(
         f"{run.source.where}: executed again, update {k - 1} leads to another optimizer state than"
         f" the kept s_{k}."

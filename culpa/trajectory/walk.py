@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from culpa.errors import IntegrityError, ProblemError
+from culpa.errors import CulpaError, IntegrityError, ProblemError
 from culpa.problem import Problem
 from culpa.trajectory import digest, environment, rng
 from culpa.trajectory.engine import Engine, borrowed
 from culpa.trajectory.fidelity import Fidelity
+from culpa.trajectory.fits import different_model
 from culpa.trajectory.rng import RandomState
-from culpa.trajectory.run import Run, same_model
+from culpa.trajectory.run import Run
 from culpa.trajectory.schema import StepRecord
 from culpa.trajectory.state import State, largest_difference
 from culpa.tree import Tree
@@ -35,6 +36,8 @@ class Transition:
     loss: float
     batches: Sequence[Any]
     randoms: Sequence[RandomState]
+    untouched: frozenset[str] = frozenset()
+    """Parameters that trained only later: no counterfactual differs in them yet."""
 
     @property
     def index(self) -> int:
@@ -71,15 +74,22 @@ def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[
     With ``allow_drift`` nothing is refused for not being bitwise; ``engine.fidelity`` measures it.
 
     Raises:
-        ProblemError: if the model's parameters are not those of the run.
+        ProblemError: if the model's parameters or buffers are not those of the run, or a problem
+            by stages has not its stages.
         EnvironmentDifference: if the process differs from the recording one in what cannot be set.
     """
-    wrong = same_model(run, dict(problem.model.named_parameters()))
+    model = problem.model
+    wrong = different_model(
+        run.manifest, dict(model.named_parameters()), dict(model.named_buffers())
+    )
     if wrong:
         raise ProblemError(
             f"the model is not the one recorded in {run.path}: {'; '.join(wrong[:5])}. Build it as "
             "the training script did."
         )
+    losses = 1 + max((run.step(stage.start).loss for stage in run.stages), default=0)
+    complete = run.manifest.status == "complete"
+    problem.require_stages([stage.name for stage in run.stages], losses, complete)
     recorded, tensors = run.manifest.environment, list(problem.model.parameters())
     with environment.as_recorded(recorded):
         here = environment.capture(tensors)
@@ -102,10 +112,22 @@ def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transi
         IntegrityError: at the first update whose result is not the recorded one, bit for bit,
             unless the session allows drift.
     """
-    at = run.kept_before(start)
-    state, randomness = run.state(at), Randomness()
+    at, randomness = run.kept_before(start), Randomness()
+    for transition in onward(run, engine, run.state(at), range(at, stop), randomness):
+        check_step(run, engine, transition.record, transition.after, randomness)
+        if transition.index >= start:
+            yield transition
+
+
+def onward(
+    run: Run, engine: Engine, state: State, updates: range, randomness: Randomness
+) -> Generator[Transition]:
+    """Execute recorded updates from any ``state``, yielding each; nothing is compared.
+
+    As for ``forward``, the consumer must leave the module's tensors as they are.
+    """
     engine.load(state)
-    for k in range(at, stop):
+    for k in updates:
         record, batches = run.step(k), run.batches_of(k)
         if record.reset:
             engine.reset_optimizer()
@@ -114,9 +136,9 @@ def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transi
         done = engine.execute(record, batches, randoms)
         randomness.after(randoms, record)
         after = engine.state()
-        check_step(run, engine, record, after, randomness)
-        if k >= start:
-            yield Transition(record, state, after, done.grads, done.loss, batches, done.randoms)
+        untouched = run.tables.frozen_before(k + 1) if run.tables.joined else frozenset[str]()
+        body = batches[record.discarded :]
+        yield Transition(record, state, after, done.grads, done.loss, body, done.randoms, untouched)
         state = after
 
 
@@ -138,7 +160,8 @@ def check_step(
 
     A session that allows drift measures it instead, at the states that the record keeps.
     """
-    digests = after.step_digests()
+    seen = run.held_before(after, record.index + 1)
+    digests = seen.step_digests()
     same, fidelity = digest.combine(digests) == record.digest, engine.fidelity
     fidelity.exact = fidelity.exact and (same or not fidelity.allow_drift)
     if not fidelity.exact and record.index + 1 in run.kept_states:
@@ -147,7 +170,7 @@ def check_step(
         return
     size = digest.FINGERPRINT_BYTES
     recorded = [record.fingerprints[i : i + size] for i in range(0, len(record.fingerprints), size)]
-    names = after.step_names()
+    names = seen.step_names()
     wrong = [n for n, d, f in zip(names, digests, recorded, strict=False) if d[:size] != f]
     shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     raise IntegrityError(
@@ -167,13 +190,16 @@ def _how_much(
     if kept is None:
         return ""
     engine.load(after)
-    for k in range(record.index + 1, kept):
-        later = run.step(k)
-        if later.reset:
-            engine.reset_optimizer()
-        randoms = randomness.before(run.randoms_of(k), later)
-        engine.execute(later, run.batches_of(k), randoms)
-        randomness.after(randoms, later)
-    truth: Tree = run.state(kept).flat()
+    try:
+        for k in range(record.index + 1, kept):
+            later = run.step(k)
+            if later.reset:
+                engine.reset_optimizer()
+            randoms = randomness.before(run.randoms_of(k), later)
+            engine.execute(later, run.batches_of(k), randoms)
+            randomness.after(randoms, later)
+        truth: Tree = run.state(kept).flat()
+    except CulpaError:  # the first update that differs is what must be told
+        return ""
     name, size = largest_difference(engine.state().flat(), truth)
     return f", at kept state {kept} by up to {size:.3g} (in {name})" if name else ""

@@ -1,8 +1,12 @@
-"""Writes a recording from a thread of its own, so that hashing and disk overlap with training."""
+"""Writes a recording from a thread of its own, so that hashing and disk overlap with training.
+
+The thread shares Python's interpreter lock with training: whenever it takes the lock, a training
+loop that comes back from a kernel waits, and is woken late. So it takes several updates at a time,
+and spends nearly all of its own in calls that do not need the lock.
+"""
 
 from __future__ import annotations
 
-import queue
 import sqlite3
 import threading
 import time
@@ -12,14 +16,15 @@ from pathlib import Path
 
 from culpa.errors import CulpaError, RecordingStopped, StoreError
 from culpa.trajectory.checkpoints import CheckpointPolicy
+from culpa.trajectory.commits import Commit, Item, Keep
 from culpa.trajectory.durability import Durability
-from culpa.trajectory.point import LoopEnd
 from culpa.trajectory.state import State
-from culpa.trajectory.store import Commit, Keep, Store
+from culpa.trajectory.store import Store
 
 QUEUE_BYTES = 256 * 2**20
 """At most about so many bytes of copies wait for the disk before training waits for it."""
-Item = Commit | Keep | LoopEnd
+GROUP, GATHERING = 8, 0.05
+"""The writer begins when so many updates wait, or the first of them has for so many seconds."""
 
 
 class Writer:
@@ -55,10 +60,13 @@ class Writer:
         self._warned = False
         self._store: Store | None = None
         self._since: float | None = None  # when the oldest update without a commit was written
-        self._moved = threading.Condition()
-        self._queue: queue.Queue[Item | None] = queue.Queue(
-            max(2, min(64, QUEUE_BYTES // (size + 1)))
-        )
+        self._room = max(2, min(64, QUEUE_BYTES // (size + 1)))  # for items, also those in hand
+        self._group = max(1, min(GROUP, self._room // 2, durability.batch // 2))
+        self._gathering = min(GATHERING, durability.age / 2)
+        self._moved = threading.Condition()  # guards the next three
+        self._waiting: list[Item] = []
+        self._in_hand = 0
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="culpa-writer", daemon=True)
         try:
             self._store = open_store()
@@ -78,11 +86,13 @@ class Writer:
         store = self._store
         if self.error is not None or store is None:
             return
-        self._queue.put(item)
-        if isinstance(item, Commit):
-            limit = item.index + 1 - self._durability.updates
-            with self._moved:
-                self._moved.wait_for(lambda: self.error is not None or store.committed >= limit)
+        limit = item.index + 1 - self._durability.updates if isinstance(item, Commit) else 0
+        with self._moved:
+            self._moved.wait_for(lambda: len(self._waiting) + self._in_hand < self._room)
+            self._waiting.append(item)
+            if len(self._waiting) in (1, self._group):
+                self._moved.notify_all()
+            self._moved.wait_for(lambda: self.error is not None or store.committed >= limit)
 
     def alive(self) -> bool:
         """Whether the recording goes on; says once, and loudly, if it does not.
@@ -109,7 +119,9 @@ class Writer:
     def close(self, final: State | None, status: str, reason: str, seconds: float) -> None:
         """Write what is left, the final state, and the manifest last of all."""
         if self._thread.is_alive():
-            self._queue.put(None)
+            with self._moved:
+                self._closing = True
+                self._moved.notify_all()
             self._thread.join()
         if self.error is None and self._store is not None:
             try:
@@ -120,33 +132,47 @@ class Writer:
 
     def _run(self) -> None:
         while True:
-            try:
-                item = self._queue.get(timeout=self._patience())
-                if item is None:
-                    return
-            except queue.Empty:
-                item = None
-            if self.error is not None or self._store is None:
-                continue  # drain, so that the training loop never blocks on a dead writer
-            try:
-                self._handle(self._store, item)
-            except Exception as error:  # noqa: BLE001 (told by alive() in the caller's thread)
-                self._fail(error)
             with self._moved:
+                self._moved.wait_for(lambda: self._waiting or self._closing, self._patience())
+                self._moved.wait_for(self._enough, self._gathering)
+                items, self._waiting = self._waiting, []
+                self._in_hand = len(items)
+                closing = self._closing
+            if self.error is None and self._store is not None:
+                try:
+                    self._handle(self._store, items)
+                except Exception as error:  # noqa: BLE001 (told by alive() in the caller's thread)
+                    self._fail(error)
+            del items
+            with self._moved:
+                self._in_hand = 0
                 self._moved.notify_all()
+                if closing and not self._waiting:
+                    return
 
-    def _handle(self, store: Store, item: Item | None) -> None:
-        if isinstance(item, Commit):
-            store.append(item, self.policy)
-        elif isinstance(item, Keep):
-            store.keep(item.index, item.state, None)
-        elif isinstance(item, LoopEnd):
-            store.end_loop(item)
+    def _enough(self) -> bool:
+        return self._closing or not 0 < len(self._waiting) < self._group
+
+    def _handle(self, store: Store, items: list[Item]) -> None:
+        looked_up = store.look_up([item for item in items if isinstance(item, Commit)])
+        for item in items:
+            if isinstance(item, Commit):
+                store.append(item, looked_up.pop(0), self.policy)
+            elif isinstance(item, Keep):
+                store.keep(item.index, item.state, None)
+            else:
+                store.end_loop(item)
+            self._commit_if_due(store)
+        self._commit_if_due(store)
+
+    def _commit_if_due(self, store: Store) -> None:
         if store.dirty and self._since is None:
             self._since = time.monotonic()
         behind = store.num_steps - store.committed
         if behind >= self._durability.batch or self._patience() == 0:
             store.commit()
+            with self._moved:
+                self._moved.notify_all()
         if not store.dirty:
             self._since = None
 

@@ -23,6 +23,7 @@ FUNCTIONS = (
     (files, "make_folder"),
     (files, "flush_folder"),
     (log, "execute"),
+    (log, "execute_many"),
 )
 
 
@@ -60,7 +61,7 @@ class Disk:
                 self.failed.append(name)
                 if self.half and name == "write":
                     function(args[0], memoryview(args[1])[: len(args[1]) // 2])
-                if name == "execute":
+                if name.startswith("execute"):
                     raise sqlite3.OperationalError("database or disk is full")
                 raise OSError(errno.ENOSPC, "No space left on device", name)
             return function(*args)

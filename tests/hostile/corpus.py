@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from culpa.trajectory.log import FOR_RESUMING
 from culpa.trajectory.reader import COLUMNS
 from culpa.trajectory.schema import LOG, MANIFEST, PACK, state_name
 from hostile.forge import edit_manifest, sql
@@ -199,6 +198,8 @@ STATEMENTS: dict[str, list[str]] = {
     "negative stage": ["UPDATE stage SET start = -5 WHERE start = 0"],
     "stage past the end": ["UPDATE stage SET stop = 1099511627776 WHERE start = 3"],
     "point to go on from added": ["INSERT INTO resume VALUES (0, x'00')"],
+    "seal missing": ["DELETE FROM resume"],
+    "seal of nothing": ["UPDATE resume SET content = zeroblob(32)"],
     "chain removed": ["UPDATE step SET chain = x''"],
     "digest cut": ["UPDATE step SET digest = substr(digest, 1, 31) WHERE k = 3"],
     "fingerprints cut": ["UPDATE step SET fingerprints = x'00' WHERE k = 3"],
@@ -208,8 +209,6 @@ for _name, _statements in STATEMENTS.items():
 
 WRONG: dict[str, Any] = {"text": "x", "number": -7, "fraction": 0.5, "blob": b"\xff" * 9}
 for _table, _columns in COLUMNS.items():
-    if _table in FOR_RESUMING:
-        continue  # empty in a complete run
     for _column in _columns:
         for _kind, _value in WRONG.items():
             add(
@@ -431,6 +430,8 @@ EXTRA = (
 for _file in EXTRA:
     add(f"extra {_file}", lambda path, f=_file: (path / f).write_bytes(b"\0" * 32))
 add("extra folder", lambda path: (path / "more").mkdir())
+add("log longer", lambda path: os.truncate(path / LOG, (path / LOG).stat().st_size + 4096))
+add("log a little longer", lambda path: os.truncate(path / LOG, (path / LOG).stat().st_size + 1))
 add("pack longer", lambda path: os.truncate(path / PACK, (path / PACK).stat().st_size + 1))
 add("pack shorter", lambda path: os.truncate(path / PACK, (path / PACK).stat().st_size - 1))
 add("state longer", lambda path: os.truncate(path / STATE, (path / STATE).stat().st_size + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch.utils.data import DataLoader
 
 import culpa
 from culpa.trajectory import chain, digest, tensors
+from culpa.trajectory.log import SEAL
 from culpa.trajectory.schema import FROZEN_NAME, LOG, MANIFEST, state_name
+from culpa.trajectory.seal import as_recording
 
 UPDATES = 6
 
@@ -65,6 +68,35 @@ def record(path: Path, **options: Any) -> culpa.Run:
                     loss(model, batch).backward()
                     optimizer.step()
     return culpa.open_run(path)
+
+
+def record_in_part(path: Path, updates: int = 4) -> Path:
+    """What is left when the process dies after some updates, all of them committed."""
+    task = problem()
+    optimizer = torch.optim.AdamW(task.model.head.parameters(), lr=0.05)  # type: ignore[union-attr]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    options: dict[str, Any] = {"checkpoints": culpa.Every(2), "scheduler": scheduler}
+    with (
+        suppress(KeyboardInterrupt),
+        culpa.record(path, task, optimizer, **options) as recorder,
+        recorder.stage("first"),
+    ):
+        for _ in range(2):
+            loader = DataLoader(rows(), batch_size=3, shuffle=True)  # type: ignore[arg-type]
+            for batch in recorder.batches(loader):
+                if recorder.num_steps == updates:
+                    raise KeyboardInterrupt
+                optimizer.zero_grad()
+                loss(task.model, batch).backward()
+                optimizer.step()
+                scheduler.step()
+    edit_manifest(
+        path,
+        lambda m: m.update(
+            status="recording", reason="", root_digest="", num_steps=0, plain_seconds=0.0
+        ),
+    )
+    return path
 
 
 def copy_of(run: Path, to: Path) -> Path:
@@ -142,9 +174,8 @@ def contents(log: Path) -> list[Any]:
     return found
 
 
-def reseal(path: Path) -> None:
-    """Compute the root digest again: what a forger does who knows the format, links kept."""
-    run = culpa.open_run(path)
+def covered(path: Path, run: culpa.Run) -> tuple[Any, ...]:
+    """What a root digest covers besides the manifest, links kept."""
     states = []
     for k in run.kept_states:
         data = memoryview((path / state_name(k)).read_bytes())
@@ -153,7 +184,22 @@ def reseal(path: Path) -> None:
     frozen = memoryview((path / FROZEN_NAME).read_bytes())
     held = {n: tensors.entry_digest(n, e, raw) for n, e, raw in tensors.entries(frozen)}
     link = run.tables.log.row("step", run.num_steps - 1)[7]
-    root = chain.root_digest(
-        run.manifest, link, run.stages, states, digest.combine(held[n] for n in sorted(held))
-    )
+    ours = [chain.resuming_row(k, c) for k, c in run.tables.log.rows("resume") if k != SEAL]
+    frozen_digest = digest.combine(held[n] for n in sorted(held))
+    return link, run.stages, states, frozen_digest, chain.resuming_digest(ours)
+
+
+def seal(path: Path) -> None:
+    """Compute the seal of the log again, as a commit does."""
+    run = culpa.open_run(path)
+    sealed = chain.root_digest(as_recording(run.manifest), *covered(path, run))
+    value = (bytes.fromhex(sealed),)
+    sql(path, f"INSERT OR REPLACE INTO resume VALUES ({SEAL}, ?)", values=value)
+
+
+def reseal(path: Path) -> None:
+    """Compute seal and root digest again: what a forger does who knows the format."""
+    seal(path)
+    run = culpa.open_run(path)
+    root = chain.root_digest(run.manifest, *covered(path, run))
     edit_manifest(path, lambda fields: fields.update(root_digest=root))

@@ -212,6 +212,11 @@ WORK: dict[str, Callable[..., Any]] = {
     "attribute": lambda run, task, b, **o: culpa.attribute(run, task, b, **o).claim,
     "embed": lambda run, task, b, **o: culpa.embed(run, task, **o).facts["claim"],
     "audit": lambda run, task, b, **o: culpa.audit(run, task, b, **o).record.options["claim"],
+    "interactions": lambda run, task, b, **o: culpa.interactions(run, task, b, **o).claim,
+    "noise_floor": lambda run, task, b, **o: culpa.noise_floor(run, task, b, at=3, **o).claim,
+    "noise_floor from the middle": (
+        lambda run, task, b, **o: culpa.noise_floor(run, task, b, at=5, repeats=1, **o).claim
+    ),
 }
 
 
@@ -252,6 +257,34 @@ def test_what_does_not_reproduce_is_measured(work: str, tmp_path: Path) -> None:
     assert re.fullmatch(r"drift \d\.\de-[1-5]", claim)
     with pytest.raises(culpa.IntegrityError, match=r"update \d of .* does not reproduce"):
         WORK[work](run, other, behaviours)
+
+
+def test_dvemb_carries_the_claim(tmp_path: Path) -> None:
+    def each(model: nn.Module, batch: Any, factor: float = 1.0) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none") * factor
+
+    def task(factor: float = 1.0) -> culpa.Problem:
+        return culpa.Problem(
+            net(), lambda m, b: each(m, b, factor).mean(), lambda m, b: each(m, b, factor)
+        )
+
+    first, behaviours = task(), problem()[1]
+    optimizer = torch.optim.SGD(first.model.parameters(), lr=0.05)
+    with culpa.record(tmp_path / "run", first, optimizer) as recorder:
+        for batch in recorder.batches(data()):
+            optimizer.zero_grad()
+            first.loss(first.model, batch).backward()
+            optimizer.step()
+    run = culpa.open_run(tmp_path / "run")
+    assert culpa.dvemb(run, task(), behaviours, allow_drift=True).claim == "bitwise"
+    with pytest.raises(culpa.IntegrityError, match="does not reproduce"):
+        culpa.dvemb(run, task(1.001), behaviours)
+    found = culpa.dvemb(run, task(1.001), behaviours, allow_drift=True)
+    assert re.fullmatch(r"drift \d\.\de-[1-9]", found.claim)
+    elsewhere = claimed(run, torch="0.4.1")
+    assert culpa.dvemb(elsewhere, task(), behaviours, allow_drift=True).claim == "drift 0"
+    with pytest.raises(culpa.EnvironmentDifference):
+        culpa.dvemb(elsewhere, task(), behaviours)
 
 
 def test_drift_is_what_it_says(tmp_path: Path) -> None:

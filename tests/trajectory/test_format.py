@@ -55,6 +55,19 @@ def test_the_checker_on_the_page_finds_the_root_digest(run: Path) -> None:
     assert done.stdout.strip() == culpa.open_run(run).root_digest
 
 
+def test_the_checker_on_the_page_recomputes_the_jobs(run: Path) -> None:
+    first = culpa.open_run(run).root_digest
+    forge.append(run, "third")
+    forge.append(run, "fourth")
+    done = check(run)
+    assert done.returncode == 0, done.stderr
+    longer = culpa.open_run(run)
+    assert done.stdout.strip() == longer.root_digest != first
+    assert longer.manifest.earlier[0].root_digest == first
+    forge.manifest(run, jobs=[[6, 0.0, "0" * 64], *json.loads((run / MANIFEST).read_text())["jobs"][1:]])
+    assert "job 0 is another" in check(run).stderr
+
+
 @pytest.mark.parametrize("name", [PACK, state_name(2), state_name(6), "states/frozen.safetensors"])
 def test_the_checker_on_the_page_notices_changes(name: str, run: Path) -> None:
     forge.flip(run / name, (run / name).stat().st_size - 1)
