@@ -24,6 +24,7 @@ from culpa.errors import OptionError, StageError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.engine import Engine
+from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.replay import check_counterfactual, execute
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import Stage
@@ -51,6 +52,8 @@ class Interactions:
         observed_pairs: ``[N, N, Q]``, tau_i + tau_j - tau_ij, the same at the observed run.
         counterfactual: what "removed" means.
         updates_executed: the cost; ``separate_updates`` what 2^N separate replays would have cost.
+        claim: ``"bitwise"``, or the drift of the observed history here from the record; see
+            ``culpa.replay(allow_drift=True)``.
     """
 
     stages: tuple[str, ...]
@@ -66,6 +69,7 @@ class Interactions:
     counterfactual: str
     updates_executed: int
     separate_updates: int
+    claim: str = BITWISE
 
     def value(self, without: str | Iterable[str] = ()) -> Float64[Tensor, " behaviours"]:
         """v of the history without these stages, ``[Q]``.
@@ -122,6 +126,7 @@ def interactions(
     stages: Sequence[str] | None = None,
     counterfactual: str = "skip",
     max_stages: int = 6,
+    allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> Interactions:
     """Remove every subset of the stages, exactly, and say what they do alone and together.
@@ -133,6 +138,7 @@ def interactions(
         stages: names; default all.
         counterfactual: what "removed" means; see ``culpa.replay``.
         max_stages: refuse more stages than this: the cost doubles with each.
+        allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
         progress: see ``culpa.progress``.
 
     Returns:
@@ -142,6 +148,7 @@ def interactions(
     Raises:
         OptionError: no behaviour, or more than ``max_stages`` stages: says what they would cost.
         StageError: an unknown stage, or none.
+        EnvironmentDifference: if a replay here need not be bitwise.
         IntegrityError: if the observed history does not reproduce.
     """
     check_counterfactual(counterfactual)
@@ -159,7 +166,7 @@ def interactions(
     watch = progress or Silent()
     watch.start("interactions", _visited(run, chosen))
     try:
-        with session(run, problem) as engine:
+        with session(run, problem, allow_drift) as engine:
             for subset, _ in histories(run, engine, chosen, counterfactual, watch):
                 means = [float(b.values(problem.model).mean()) for b in behaviours]
                 values[subset] = torch.tensor(means, dtype=torch.float64)
@@ -181,6 +188,7 @@ def interactions(
         counterfactual,
         cost,
         _separate(run, chosen),
+        engine.fidelity.claim,
     )
 
 

@@ -2,244 +2,224 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from culpa._version import __version__
-from culpa.auditing import verdicts as words
-from culpa.auditing.record import (
-    AuditRecord,
-    BehaviourFacts,
-    RunFacts,
-    Source,
-    Spending,
-    StageFinding,
-    UpdateFindings,
+from culpa.auditing import findings
+from culpa.auditing.again import CHOSEN
+from culpa.auditing.experiments import Experiments
+from culpa.auditing.intervals import Estimate
+from culpa.auditing.ledger import Ledger
+from culpa.auditing.ranking import Ranking, chaos, first_placebo, neutral_update, rank
+from culpa.auditing.record import AuditRecord
+from culpa.auditing.screen import (
+    Embedded,
+    Screened,
+    embed_stages,
+    estimates,
+    number,
+    screen,
+    sums,
 )
+from culpa.auditing.search import Search
+from culpa.auditing.segments import segments_of
+from culpa.auditing.tasks import Bench, Executor, Outcome, Serial, Task
 from culpa.behaviour import Behaviour
 from culpa.dynamics.propagator import Propagator
-from culpa.dynamics.updates import rule_for
-from culpa.errors import OptionError, StageError
-from culpa.estimators.adjoint import Scores, attribute
-from culpa.estimators.embed import embed
-from culpa.estimators.embedding import StageEmbeddings
+from culpa.dynamics.secant import Secant
+from culpa.errors import OptionError, StageError, UnsupportedError
 from culpa.estimators.trust import NOT_IDENTIFIED
 from culpa.problem import Problem
 from culpa.progress import Progress
-from culpa.trajectory.fidelity import weakest
-from culpa.trajectory.replay import replay
+from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
-from culpa.trajectory.schema import Stage
+from culpa.trajectory.staging import UNNAMED
 
-AA_SCORE = (
-    "Zhang, Du, Ma, Lakkaraju, Who Gets Credit or Blame? Attributing Accountability in Modern AI "
-    "Systems, arXiv 2506.00175"
-)
+FEW = 8
+"""Stages of fewer updates are not searched for single ones."""
+REPLAY, PRODUCTS = 1.3, 5.0
+"""Gradients an update: to execute and check it; of ``embed`` for a stage that lies behind."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an audit was asked for, besides the run, the problem and the behaviours."""
+
+    budget: float = 1.0
+    counterfactual: str = "skip"
+    propagator: Propagator | None = None
+    allow_drift: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        check_counterfactual(self.counterfactual)
+        if not self.budget >= 0:
+            raise OptionError(
+                f"budget is a number of trainings to spend on replays, >= 0; got {self.budget}."
+            )
 
 
 def judge(
     run: Run,
     problem: Problem,
     behaviours: Sequence[Behaviour],
+    options: Options,
     *,
-    budget: float = 1.0,
-    counterfactual: str = "skip",
-    propagator: Propagator | None = None,
-    allow_drift: bool = False,
+    work: Path | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> AuditRecord:
     """Find out which stages are to be credited or blamed. See ``culpa.audit``."""
     if not run.stages:
         raise StageError(f"{run.path} has no stages to audit.")
-    if not budget >= 0:
-        raise OptionError(
-            f"budget is a number of trainings to spend on replays, >= 0; got {budget}."
+    _check(behaviours)
+    bench = Bench(
+        run,
+        problem,
+        behaviours,
+        counterfactual=options.counterfactual,
+        allow_drift=options.allow_drift,
+        progress=progress,
+    )
+    ledger = Ledger(work, bench.identity() | {"propagator": repr(options.propagator)})
+    screened = ledger.get(
+        "scores of every update", Screened, lambda: screen(bench, options.propagator)
+    )
+    cut, notes = _with_stages(run, screened)
+    bench.run = cut
+    experiments = Experiments(bench, ledger, executor or Serial(), options.budget)
+    removals = {s.name: Task(start=s.start, stop=s.stop, drill=True) for s in cut.stages}
+    first_placebo(experiments, removals)
+    embedded: Embedded | None = None
+    truths: dict[str, Outcome] = {}
+    if _replaying_all_is_cheaper(experiments, removals, options.propagator):
+        found = sums(screened, cut.stages, len(behaviours))
+        told = [(f"replay without stage {name!r}", task) for name, task in removals.items()]
+        truths = dict(zip(removals, experiments.run(told), strict=True))
+        ranking = rank(experiments, found, truths, removals)
+        stopped = "every stage was replayed, which took less than estimating them"
+    else:
+        embedded = ledger.get(
+            "embeddings", Embedded, lambda: embed_stages(bench, options.propagator)
         )
+        refused = embedded.refused
+        found = (
+            sums(screened, cut.stages, len(behaviours))
+            if refused
+            else estimates(embedded, cut.stages)
+        )
+        ranking, stopped = _prove(experiments, found, truths, removals)
+    ranking = chaos(experiments, found, truths, removals, ranking)
+    search = _search(experiments, screened, truths, ranking)
+    neutral_update(experiments, screened, options.budget)
+    return findings.record(
+        experiments,
+        screened=screened,
+        embedded=embedded,
+        estimates=found,
+        truths=truths,
+        ranking=ranking,
+        search=search,
+        stopped=stopped,
+        notes=notes,
+        options={
+            "budget": f"{options.budget:g} trainings",
+            "propagator": CHOSEN if options.propagator is None else repr(options.propagator),
+            "allow_drift": str(options.allow_drift),
+        },
+        version=__version__,
+    )
+
+
+def _check(behaviours: Sequence[Behaviour]) -> None:
+    if isinstance(behaviours, Behaviour) or not behaviours:
+        raise OptionError(f"audit needs a list of behaviours, got {behaviours!r}.")
     names = [b.name for b in behaviours]
     if len(set(names)) != len(names):
         raise OptionError(
             f"the behaviours' names must differ, got {names}: a table is labelled with them."
         )
-    spent: list[Spending] = []
-    began = time.monotonic()
-    scores = attribute(
-        run,
-        problem,
-        behaviours,
-        propagator=propagator,
-        counterfactual=counterfactual,
-        allow_drift=allow_drift,
-        progress=progress,
-    )
-    spent.append(
-        _spending("scores of every update: replayed and differentiated", run.num_steps, began)
-    )
-    began = time.monotonic()
-    embeddings = embed(
-        run,
-        problem,
-        propagator=propagator,
-        counterfactual=counterfactual,
-        allow_drift=allow_drift,
-        progress=progress,
-    )
-    spent.append(
-        _spending("embeddings of every stage: replayed and differentiated", run.num_steps, began)
-    )
-    aa = [embeddings.score(b).mean(1).tolist() for b in behaviours]
-    effects = [embeddings.effect(b).mean(1).tolist() for b in behaviours]
-    estimates = {s.name: [e[i] for e in effects] for i, s in enumerate(run.stages)}
-    grades = {name: embeddings.trust[name].grade for name in embeddings}
-    truths: dict[str, list[float]] = {}
-    claims = [scores.claim, embeddings.facts["claim"]]
-    for stage in plan(run, estimates, grades, budget):
-        began = time.monotonic()
-        without = replay(
-            run,
-            problem,
-            without=stage,
-            counterfactual=counterfactual,
-            allow_drift=allow_drift,
-            progress=progress,
-        )
-        claims.append(without.claim)
-        truths[stage] = [float(without.effect(b).mean()) for b in behaviours]
-        spent.append(_spending(f"replay without stage {stage!r}", without.updates_executed, began))
-    facts = [_behaviour_facts(problem, embeddings, b) for b in behaviours]
-    findings = [
-        _finding(
-            stage, embeddings, [a[i] for a in aa], estimates[stage.name], truths.get(stage.name)
-        )
-        for i, stage in enumerate(run.stages)
+
+
+def _with_stages(run: Run, screened: Screened) -> tuple[Run, list[str]]:
+    """The run cut into stages: its own or, where none were named, those that its scores show."""
+    named = [stage.name for stage in run.stages] != [UNNAMED]
+    if named or not screened.steps:
+        return run, []
+    steps = np.array([[number(v) for v in row] for row in screened.steps])
+    try:
+        stages = segments_of(steps)
+    except UnsupportedError as error:
+        return run, [f"The run names no stages, and none were looked for: {error}"]
+    if len(stages) < 2:
+        return run, ["The run names no stages, and its scores show none: it is judged as a whole."]
+    cut = copy.copy(run)
+    cut.stages = stages
+    return cut, [
+        f"The run names no stages. Its {len(stages)} stages here were found where the scores of"
+        " its updates change; their borders are estimates."
     ]
-    updates, claim = _updates(run, scores), weakest(claims)
-    return AuditRecord(
-        culpa_version=__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        run=_run_facts(run, counterfactual),
-        behaviours=facts,
-        stages=findings,
-        updates=updates,
-        verdicts=words.verdicts(findings, facts),
-        cautions=[
-            *words.not_bitwise(claim),
-            *words.cautions(findings, facts, updates.grades, counterfactual),
-        ],
-        spent=spent,
-        options={
-            "budget": f"{budget:g} trainings",
-            "propagator": str(embeddings.facts["propagator"]),
-            "form": "block",
-            "claim": claim,
-        },
-        sources=_sources(run, scores),
-    )
 
 
-def plan(
-    run: Run, estimates: Mapping[str, Sequence[float]], grades: Mapping[str, str], budget: float
-) -> list[str]:
-    """Which stages to replay, in order, while ``budget`` (in trainings) lasts.
-
-    First what no estimate can tell: stages not identified. Then for each behaviour the most blamed
-    and the most credited stage, then the others, each by its largest part in what the stages did.
-    """
-    width = len(next(iter(estimates.values())))
-    known = [name for name in estimates if grades[name] != NOT_IDENTIFIED]
-    urgency = dict.fromkeys(estimates, 0.0)
-    for q in range(width):
-        total = sum(abs(estimates[name][q]) for name in known) or 1.0
-        ranked = sorted(known, key=lambda name: estimates[name][q])
-        for name in known:
-            extreme = name in (ranked[0], ranked[-1])
-            urgency[name] = max(urgency[name], abs(estimates[name][q]) / total + extreme)
-    order = sorted(estimates, key=lambda name: -urgency[name] if name in known else float("-inf"))
-    chosen: list[str] = []
-    for name in order:
-        cost = _cost(run, run.stage(name))
-        if cost <= budget:
-            budget -= cost
-            chosen.append(name)
-    return chosen
+def _replaying_all_is_cheaper(
+    experiments: Experiments, removals: dict[str, Task], propagator: Propagator | None
+) -> bool:
+    """Whether the budget pays for all replays and an embedding of all stages would cost more."""
+    run = experiments.bench.run
+    behind = sum(run.num_steps - task.stop for task in removals.values()) / run.num_steps
+    products = 2.0 * propagator.fraction if isinstance(propagator, Secant) else PRODUCTS
+    estimating = REPLAY + products * behind
+    replaying = REPLAY * experiments.price(*removals.values())
+    return experiments.affords(*removals.values()) and replaying <= estimating
 
 
-def _cost(run: Run, stage: Stage) -> float:
-    """What a replay without the stage costs, in trainings."""
-    return (run.num_steps - run.kept_before(stage.start) - len(stage)) / run.num_steps
+def _prove(
+    experiments: Experiments,
+    found: dict[str, Estimate],
+    truths: dict[str, Outcome],
+    removals: dict[str, Task],
+) -> tuple[Ranking, str]:
+    """Replay the most urgent stage, again and again; the ranking, and why it stopped."""
+    while True:
+        ranking = rank(experiments, found, truths, removals)
+        wanted = sorted(ranking.urgency, key=lambda name: -ranking.urgency[name])
+        if not wanted:
+            if all(ranking.settled):
+                return (
+                    ranking,
+                    "the ranking is settled: at 95 % no other stage can take first place",
+                )
+            return ranking, "stages that are tied for first place differ by less than chaos does"
+        affordable = [name for name in wanted if experiments.affords(removals[name])]
+        if not affordable:
+            cheapest = min(experiments.price(removals[name]) for name in wanted)
+            return ranking, (
+                f"the budget was used up: {experiments.left:.2f} trainings left, and the cheapest"
+                f" replay still worth making costs {cheapest:.2f}"
+            )
+        name = affordable[0]
+        told = [(f"replay without stage {name!r}", removals[name])]
+        (truths[name],) = experiments.run(told)
 
 
-def _spending(what: str, updates: int, began: float) -> Spending:
-    return Spending(what=what, updates=updates, seconds=time.monotonic() - began)
-
-
-def _behaviour_facts(
-    problem: Problem, embeddings: StageEmbeddings, behaviour: Behaviour
-) -> BehaviourFacts:
-    values = embeddings.observed(behaviour)
-    return BehaviourFacts(
-        name=behaviour.name, unit=behaviour.unit, value=float(values.mean()), count=len(values)
-    )
-
-
-def _finding(
-    stage: Stage,
-    embeddings: StageEmbeddings,
-    scores: list[float],
-    effects: list[float],
-    truth: list[float] | None,
-) -> StageFinding:
-    trust = embeddings.trust[stage.name]
-    return StageFinding(
-        name=stage.name,
-        start=stage.start,
-        stop=stage.stop,
-        scores=scores,
-        effects=effects,
-        replayed=[None] * len(scores) if truth is None else [*truth],
-        grade=trust.grade,
-        reason=words.reason(trust.grade, trust.growth, trust.residual),
-        displacement=trust.displacement,
-        growth=trust.growth,
-        residual=trust.residual,
-    )
-
-
-def _updates(run: Run, scores: Scores) -> UpdateFindings:
-    return UpdateFindings(
-        scores=scores.steps.tolist(),
-        growth=[t.growth for t in scores.trust],
-        displacement=[t.displacement for t in scores.trust],
-        grades=[t.grade for t in scores.trust],
-        learning_rates=[float(run.step(k).hypers[0]["lr"]) for k in range(run.num_steps)],
-    )
-
-
-def _run_facts(run: Run, counterfactual: str) -> RunFacts:
-    state = run.state(run.num_steps)
-    optimizers = dict.fromkeys(run.step(s.start).optimizer.name for s in run.stages)
-    return RunFacts(
-        name=run.path.name,
-        root_digest=run.root_digest,
-        num_steps=run.num_steps,
-        num_parameters=sum(p.numel() for p in state.params.values()),
-        optimizer=", ".join(optimizers),
-        counterfactual=counterfactual,
-        bytes_on_disk=run.bytes_on_disk,
-        kept_states=len(run.kept_states),
-        environment=run.manifest.environment,
-    )
-
-
-def _sources(run: Run, scores: Scores) -> list[Source]:
-    names = dict.fromkeys(run.step(s.start).optimizer.name for s in run.stages)
-    rules = [rule_for(name) for name in names]
-    return [
-        Source(what="AA-Score, Estimators 4.1 to 4.3, block form of Appendix B", citation=AA_SCORE),
-        Source(what="propagation through an update", citation=scores.propagator.citation),
-        *(Source(what=f"update rule {rule.name}", citation=rule.source) for rule in rules),
-        Source(
-            what="replayed effects",
-            citation="skip-and-retrain: the recorded updates, executed again",
-        ),
-    ]
+def _search(
+    experiments: Experiments, screened: Screened, truths: dict[str, Outcome], ranking: Ranking
+) -> Search | None:
+    """Look for single culprits where the updates of a blamed stage are not identified."""
+    run, grades = experiments.bench.run, screened.grades
+    for name in ranking.blamed:
+        stage = run.stage(name)
+        lost = [k for k in stage.updates if not grades or grades[k] == NOT_IDENTIFIED]
+        if name not in truths or len(lost) < 0.5 * len(stage) or len(stage) < FEW:
+            continue
+        search = Search(experiments, stage.updates)
+        search.confirm(search.observe())
+        if not search.culprits():
+            search.group_tests()
+        return search
+    return None

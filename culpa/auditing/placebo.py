@@ -15,10 +15,11 @@ from culpa.errors import OptionError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.engine import Engine
-from culpa.trajectory.replay import execute, values_at
+from culpa.trajectory.fidelity import BITWISE
+from culpa.trajectory.replay import execute, measure_drift, values_at
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State
-from culpa.trajectory.walk import Randomness, session
+from culpa.trajectory.walk import Randomness, forward, session
 from culpa.tree import Tree
 
 NOT_THE_RECORD = frozenset({-1})
@@ -33,11 +34,14 @@ class NoiseFloor:
         effects: float64 ``[repeats, behaviours]``: observed minus disturbed mean of the behaviour.
         at: the update before which training was disturbed.
         size: the relative size of the disturbance.
+        claim: ``"bitwise"``, or the drift of a replay here from the record, which the effects then
+            hold too, as those of ``culpa.replay(allow_drift=True)`` do.
     """
 
     effects: Float64[Tensor, "repeats behaviours"]
     at: int
     size: float
+    claim: str = BITWISE
 
     @property
     def spread(self) -> Float64[Tensor, " behaviours"]:
@@ -58,6 +62,7 @@ def noise_floor(
     repeats: int = 3,
     size: float | None = None,
     seed: int = 0,
+    allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> NoiseFloor:
     """Disturb the parameters before update ``at`` by rounding-sized noise and replay the rest.
@@ -71,6 +76,8 @@ def noise_floor(
         repeats: independent disturbances.
         size: relative to each parameter; default: the rounding of its dtype.
         seed: of the noise.
+        allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
+            Where it is not bitwise this costs one more replay.
         progress: see ``culpa.progress``.
 
     Returns:
@@ -79,7 +86,9 @@ def noise_floor(
 
     Raises:
         OptionError: for an update outside of the run or fewer than one repeat.
-        IntegrityError: if an update before ``at`` does not reproduce.
+        EnvironmentDifference: if a replay here need not be bitwise.
+        IntegrityError: if an update before ``at`` (or, without one to execute, ``at`` itself) does
+            not reproduce.
     """
     if not 0 <= at < run.num_steps or repeats < 1:
         raise OptionError(
@@ -90,8 +99,10 @@ def noise_floor(
     rows: list[list[float]] = []
     watch.start("placebo", repeats * (run.num_steps - at))
     try:
-        with session(run, problem) as engine:
+        with session(run, problem, allow_drift) as engine:
             kept, randomness = run.kept_before(at), Randomness()
+            if at == kept:  # no observed update is on the way to show that the loss is the one
+                next(forward(run, engine, at, at + 1))
             engine.load(run.state(kept))
             execute(run, engine, range(kept, at), frozenset(), "skip", randomness, Silent())
             start = engine.state()
@@ -105,11 +116,15 @@ def noise_floor(
                 state = engine.state()
                 ended = _means(engine, problem, behaviours, state.params, state.buffers)
                 rows.append([o - e for o, e in zip(observed, ended, strict=True)])
+            if not engine.fidelity.exact:
+                watch.finish()
+                measure_drift(run, engine, kept, watch)
     finally:
         watch.finish()
     sizes = [torch.finfo(p.dtype).eps for p in start.params.values()]
     effects = torch.tensor(rows, dtype=torch.float64)
-    return NoiseFloor(effects, at, max(sizes, default=0.0) if size is None else size)
+    largest = max(sizes, default=0.0) if size is None else size
+    return NoiseFloor(effects, at, largest, engine.fidelity.claim)
 
 
 def _disturbed(value: Tensor, size: float | None, generator: torch.Generator) -> Tensor:

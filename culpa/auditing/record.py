@@ -6,7 +6,7 @@ import msgspec
 
 from culpa.errors import StoreError
 
-AUDIT_FORMAT = 1
+AUDIT_FORMAT = 2
 """Version of the JSON this module writes; a reader refuses any other."""
 
 
@@ -22,9 +22,10 @@ class BehaviourFacts(msgspec.Struct, frozen=True, kw_only=True):
 class StageFinding(msgspec.Struct, frozen=True, kw_only=True):
     """What one stage ``[start, stop)`` did, one entry per behaviour in every list.
 
-    ``scores`` is the AA-Score (gradient of the behaviour times the stage's embedding),
-    ``effects`` the estimated effect gamma(theta_K) - gamma(theta_K - D), ``replayed`` the true
-    effect where history was re-run without the stage and ``None`` where it was not.
+    ``scores`` is the AA-Score (gradient of the behaviour times D, the stage's embedding, which is
+    exact where the stage was replayed), ``effects`` the estimated effect gamma(theta_K) -
+    gamma(theta_K - D) and, where ``estimated`` is false, the replayed one: there D is exact too.
+    ``replayed`` is the true effect where history was re-run without the stage, else ``None``.
     Positive: the stage raised the behaviour (credit). Negative: it lowered it (blame).
     """
 
@@ -45,6 +46,67 @@ class StageFinding(msgspec.Struct, frozen=True, kw_only=True):
     residual: float
     """Relative error of the linearised gradient difference along the displacement, where probed;
     nan for the last stage, after which nothing is linearised."""
+    intervals: list[float] = []
+    """Half-widths at 95 %, around the replayed effect or else the estimate (intervals.py); nan
+    where nothing is known of the error."""
+    floors: list[float] = []
+    """The noise floor (floor.py): the best number is chaos if it lies within plus or minus this;
+    nan where no placebo tells."""
+    grades: list[str] = []
+    """Of the best number per behaviour: "replayed", "trusted", "doubtful" or "not identified"."""
+    estimated: bool = True
+    """Whether an embedding estimated it; not where replaying every stage took less."""
+    sums: list[float] = []
+    """The sum of the first-order scores of its updates (Estimator 4.3): what drilling down to
+    single updates adds up to. It falls short of the effect by what is not additive."""
+
+
+class PlaceboFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """One disturbance that means nothing, before update ``at``, and what it changed.
+
+    ``kind`` is "rounding" (parameters perturbed by rounding-sized noise, history replayed from
+    there) or "neutral update" (a single update with next to no score skipped; its score is
+    subtracted). ``effects``: one per behaviour.
+    """
+
+    kind: str
+    at: int
+    effects: list[float]
+
+
+class WindowFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """Updates ``[start, stop)`` that were examined by group testing (search.py).
+
+    ``jumps`` is what they did at once, gamma(s_stop) - gamma(s_start); ``replayed`` their effect on
+    the final model where history was re-run without them, else ``None``. One entry a behaviour.
+    """
+
+    start: int
+    stop: int
+    jumps: list[float]
+    replayed: list[float] | None
+
+
+class LayerFindings(msgspec.Struct, frozen=True, kw_only=True):
+    """The effect of one stage on one behaviour by layer; ``effects`` plus ``rest`` is all of it."""
+
+    stage: str
+    behaviour: str
+    effects: dict[str, float]
+    rest: float
+
+
+class ExampleFindings(msgspec.Struct, frozen=True, kw_only=True):
+    """The training examples that moved one behaviour most, by number in the run, and their scores.
+
+    Most helpful and most harmful first. ``updates``: the updates that used the example.
+    """
+
+    behaviour: str
+    helpful: list[int]
+    harmful: list[int]
+    scores: dict[str, float]
+    updates: dict[str, list[int]]
 
 
 class UpdateFindings(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +165,19 @@ class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
     spent: list[Spending]
     options: dict[str, str]
     sources: list[Source]
+    budget: float = 0.0
+    """Allowed for replays and placebos, in units of the run's own training cost."""
+    used: float = 0.0
+    """Of it, spent."""
+    stopped: str = ""
+    """Why no more was replayed."""
+    settled: list[bool] = []
+    """Per behaviour: no other stage can be the most blamed or most credited one, at 95 %."""
+    placebos: list[PlaceboFinding] = []
+    tradeoffs: list[str] = []
+    windows: list[WindowFinding] = []
+    layers: list[LayerFindings] = []
+    examples: list[ExampleFindings] = []
 
 
 def encode(record: AuditRecord) -> bytes:
@@ -124,8 +199,8 @@ def decode(data: bytes) -> AuditRecord:
                 f" {AUDIT_FORMAT}."
             )
         for stage in content["stages"]:
-            for field in ("scores", "effects"):
-                stage[field] = [_number(value) for value in stage[field]]
+            for field in ("scores", "effects", "intervals", "floors", "sums"):
+                stage[field] = [_number(value) for value in stage.get(field, [])]
             for field in ("displacement", "growth", "residual"):
                 stage[field] = _number(stage[field])
         updates = content["updates"]

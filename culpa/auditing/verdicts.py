@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from culpa.auditing.record import BehaviourFacts, StageFinding
+from culpa.auditing.floor import hidden
+from culpa.auditing.record import BehaviourFacts, StageFinding, WindowFinding
 from culpa.estimators.trust import NOT_IDENTIFIED, TRUSTED
 from culpa.trajectory.fidelity import BITWISE
 
 TOLERANCE = 0.2
 """A trusted estimate further than this from its replayed truth, relatively, is pointed out."""
+WORTH_SAYING = 0.05
+"""A trade-off is told if both sides are at least this part of the largest effect of any stage."""
 NO_VERDICT_ON_PEOPLE = (
     "A score is evidence for inspecting a stage of training. It is no verdict on the people who "
     "made it: they may have had reasons that no behaviour measured here shows."
@@ -28,7 +31,9 @@ MEANINGS = {
 
 
 def known(stage: StageFinding, behaviour: int) -> float | None:
-    """The best number there is: the replayed effect, else an estimate that is identified."""
+    """The best number there is: the replayed effect, else an estimate; ``None``: not identified."""
+    if behaviour < len(stage.grades) and stage.grades[behaviour] == NOT_IDENTIFIED:
+        return None
     truth = stage.replayed[behaviour]
     if truth is not None:
         return truth
@@ -60,10 +65,41 @@ def _sentence(stage: StageFinding, q: int, value: float, behaviour: BehaviourFac
     verb = "lowered" if value < 0 else "raised"
     size = f"{abs(value):.3g} {behaviour.unit}"
     said = f"Stage {stage.name!r} {verb} {behaviour.name} by {size}"
-    if truth is not None:
-        estimate = f"{stage.effects[q]:+.3g}".replace("-", "\N{MINUS SIGN}")
-        return f"{said}, proved by replay (estimated {estimate}, {stage.grade})."
-    return f"{said}, estimated only ({stage.grade})."
+    estimate = f"{stage.effects[q]:+.3g}".replace("-", "\N{MINUS SIGN}")
+    if truth is None:
+        return f"{said}, estimated only ({stage.grade})."
+    if not stage.estimated or math.isnan(stage.effects[q]):
+        return f"{said}, proved by replay."
+    return f"{said}, proved by replay (estimated {estimate}, {stage.grade})."
+
+
+def tradeoffs(stages: Sequence[StageFinding], behaviours: Sequence[BehaviourFacts]) -> list[str]:
+    """What stages bought of one behaviour at the price of another, where both are identified.
+
+    A sentence for every stage that raised something and lowered something, by the larger of the
+    two: its best buy against its dearest price, as parts of all that stages did to the behaviour.
+    """
+    spans = [
+        max((abs(v) for s in stages if (v := known(s, q)) is not None), default=0.0) or 1.0
+        for q in range(len(behaviours))
+    ]
+    found: list[tuple[float, str]] = []
+    for stage in stages:
+        parts = [(v / spans[q], v, q) for q in range(len(spans)) if (v := known(stage, q))]
+        if not parts or not (parts := sorted(parts))[0][0] < 0.0 < parts[-1][0]:
+            continue
+        (low, price, p), (high, gain, g) = parts[0], parts[-1]
+        if min(-low, high) < WORTH_SAYING:
+            continue
+        bought, paid = behaviours[g], behaviours[p]
+        found.append(
+            (
+                min(-low, high),
+                f"Stage {stage.name!r} bought {gain:+.3g} {bought.unit} of {bought.name} at the"
+                f" price of {-price:.3g} {paid.unit} of {paid.name}.",
+            )
+        )
+    return [said for _, said in sorted(found, reverse=True)]
 
 
 def not_bitwise(claim: str) -> list[str]:
@@ -77,6 +113,35 @@ def not_bitwise(claim: str) -> list[str]:
     ]
 
 
+def not_screened(refused: str) -> list[str]:
+    """The caution of an audit without first-order scores: it rests on replays alone."""
+    return [f"There are no scores of single updates: {refused}"] if refused else []
+
+
+def without_placebo(stages: Sequence[StageFinding]) -> list[str]:
+    """The caution of an audit that could not afford to measure the noise floor everywhere."""
+    missing = [repr(s.name) for s in stages if any(math.isnan(f) for f in s.floors)]
+    if not missing:
+        return []
+    return [
+        f"The budget left no placebo for {', '.join(missing)}: their effects were not held against"
+        " the noise floor, and in chaotic training even a replayed effect may be chaos."
+    ]
+
+
+def culprit(window: WindowFinding, behaviours: Sequence[BehaviourFacts], replays: int) -> str:
+    """What a search for single updates found."""
+    effects = window.replayed or []
+    said = "; ".join(
+        f"{b.name} {e:+.3g} {b.unit}".replace("-", "\N{MINUS SIGN}")
+        for b, e in zip(behaviours, effects, strict=True)
+    )
+    return (
+        f"Of the single updates left out one at a time, update {window.start} did most harm:"
+        f" {said}, proved by replay (found with {replays} replays; others may have done more)."
+    )
+
+
 def cautions(
     stages: Sequence[StageFinding],
     behaviours: Sequence[BehaviourFacts],
@@ -88,7 +153,19 @@ def cautions(
         f"\N{LEFT DOUBLE QUOTATION MARK}Without a stage\N{RIGHT DOUBLE QUOTATION MARK} means:"
         f" {MEANINGS[counterfactual]}."
     ]
+    against: list[str] = []
     for stage in stages:
+        chaotic = [
+            f"{b.name} ({_best(stage, q):+.3g}, floor {stage.floors[q]:.2g} {b.unit})"
+            for q, b in enumerate(behaviours)
+            if q < len(stage.floors) and hidden(_best(stage, q), stage.floors[q])
+        ]
+        if chaotic:
+            said.append(
+                f"The effect of stage {stage.name!r} on {'; '.join(chaotic)} lies inside of the"
+                " noise floor: rounding-sized noise at the same moment moves it as far. That is"
+                " chaos, not accountability, and not identified."
+            )
         if stage.grade == NOT_IDENTIFIED and None in stage.replayed:
             said.append(
                 f"The effect of stage {stage.name!r} is not identified by its estimate"
@@ -100,19 +177,24 @@ def cautions(
             if (best := known(stage, q)) is not None and stage.scores[q] * best < 0
         ]
         if opposed:
-            said.append(
-                f"The AA-Score of stage {stage.name!r} has another sign than its effect on"
-                f" {', '.join(opposed)}: it is linear in the behaviour too, and the stage moved the"
-                " model further than that holds. The effect counts."
-            )
+            against.append(f"{stage.name!r} ({', '.join(opposed)})")
         for q, behaviour in enumerate(behaviours):
             truth = stage.replayed[q]
-            if truth is not None and stage.grade == TRUSTED and _apart(stage.effects[q], truth):
+            if truth is None or not stage.estimated or stage.grade != TRUSTED:
+                continue
+            if _apart(stage.effects[q], truth):
                 said.append(
                     f"The estimate for stage {stage.name!r} on {behaviour.name}"
                     f" ({stage.effects[q]:+.3g}) was graded trusted, but replay gave {truth:+.3g}"
                     f" {behaviour.unit}: use the replayed number."
                 )
+    if against:
+        said.append(
+            "The AA-Score has another sign than the effect for"
+            f" {'stage' if len(against) == 1 else 'stages'} {', '.join(against)}: it is linear in"
+            " the behaviour too, and the stage moved the model further than that holds. The effect"
+            " counts."
+        )
     missing = sum(grade == NOT_IDENTIFIED for grade in update_grades)
     if missing:
         said.append(
@@ -123,12 +205,19 @@ def cautions(
     return said
 
 
+def _best(stage: StageFinding, q: int) -> float:
+    truth = stage.replayed[q]
+    return stage.effects[q] if truth is None else truth
+
+
 def _apart(estimate: float, truth: float) -> bool:
     return abs(estimate - truth) > TOLERANCE * abs(truth)
 
 
-def reason(grade: str, growth: float, residual: float) -> str:
+def reason(grade: str, growth: float, residual: float | None) -> str:
     """Why a stage's estimate has its grade, in one sentence."""
+    if residual is None:
+        return f"the sum of its updates' first-order scores, which need not add up, hence {grade}"
     if math.isnan(residual):
         return "the last stage: nothing was linearised after it, so the estimate is exact"
     return (

@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 
 import culpa
+from culpa.auditing.again import options_of, require_same_run
+from culpa.cli.audits import print_audit, reproduced, show, work_folder
 from culpa.cli.outcome import replayed, replayed_facts
-from culpa.cli.problem import load_problem
+from culpa.cli.problem import load_problem, load_show
 from culpa.cli.progress import shown
 from culpa.cli.screen import inspection
 from culpa.cli.summary import summarize
+from culpa.errors import OptionError
 
 app = typer.Typer(
     help=(
@@ -56,6 +59,17 @@ ProblemName = Annotated[
         ),
     ),
 ]
+ShowName = Annotated[
+    str | None,
+    typer.Option(
+        "--show",
+        metavar="as-is|MODULE:FUNCTION",
+        help=(
+            "Show training examples in the page: as they are, or what a function makes of each, a"
+            " text or a tensor."
+        ),
+    ),
+]
 Removal = Annotated[
     str,
     typer.Option(help="What 'without' means: skip, restart or zero-gradient.", metavar="MEANING"),
@@ -75,6 +89,7 @@ def demo(
 
     Example: culpa demo --optimizer adamw --seed 1
     """
+    from culpa.experiments.demo import shown as picture
     from culpa.experiments.demo import train
 
     with shown(err) as progress:
@@ -83,7 +98,7 @@ def demo(
             f"Trained and recorded {run.num_steps} updates in {len(run.stages)} stages: {run.path}"
         )
         audit = culpa.audit(run, problem, behaviours, budget=budget, progress=progress)
-    _show(audit, folder)
+    show(out, audit, folder, run=run, decoder=picture)
     out.print(
         f"Look again: culpa inspect {run.path}   Prove it: culpa verify {run.path} --problem"
         " culpa.experiments.demo:problem"
@@ -101,14 +116,33 @@ def audit(
         Path | None,
         typer.Option("--out", help="Folder for audit.json and audit.html; default RUN-audit."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an audit that was interrupted.")
+    ] = False,
+    again: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="AUDIT",
+            help="Reproduce this audit.json, with its options, and compare every number.",
+        ),
+    ] = None,
+    examples: ShowName = None,
     json: AsJson = False,
 ) -> None:
     """Attribute behaviours to the stages and updates of a run, and replay the main ones.
 
+    Every result is kept in OUT/work as it comes; --resume takes what is there.
+
     Example: culpa audit culpa-demo/run --problem culpa.experiments.demo:problem
     """
     task, behaviours = load_problem(problem)
+    decoder = load_show(examples)
     run = culpa.open_run(path)
+    old = None if again is None else culpa.Audit.load(again).record
+    if old is not None:
+        require_same_run(old, run.root_digest)
+        budget, counterfactual, allow_drift = options_of(old)
+    into = folder or Path(f"{path.rstrip('/')}-audit")
     with shown(err) as progress:
         found = culpa.audit(
             run,
@@ -117,9 +151,17 @@ def audit(
             budget=budget,
             counterfactual=counterfactual,
             allow_drift=allow_drift,
+            work=None if old is not None else work_folder(into, resume=resume),
             progress=progress,
         )
-    _show(found, folder or Path(f"{path.rstrip('/')}-audit"), json=json)
+    if old is not None:
+        said = reproduced(old, found.record)
+        if json:
+            _print_json({"reproduced": True, "audit": str(again)})
+        else:
+            out.print(said)
+        return
+    show(out, found, into, json=json, run=None if examples is None else run, decoder=decoder)
 
 
 @app.command()
@@ -128,6 +170,10 @@ def report(
     html: Annotated[
         Path | None, typer.Option(help="Where to write the page; default beside AUDIT.")
     ] = None,
+    examples: ShowName = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="RUN", help="With --show: the run that was audited.")
+    ] = None,
 ) -> None:
     """Show an audit again, and write its HTML page.
 
@@ -135,8 +181,11 @@ def report(
     """
     found = culpa.Audit.load(path)
     target = html or path.with_suffix(".html")
-    found.to_html(target)
-    _print_audit(found)
+    if (run is None) is not (examples is None):
+        raise OptionError("--show needs --run, where the examples are, and --run needs --show.")
+    of = None if run is None else culpa.open_run(run)
+    found.to_html(target, run=of, show=load_show(examples))
+    print_audit(out, found)
     out.print(f"Report: {target}")
 
 
@@ -232,27 +281,3 @@ def replay(
 def _print_json(facts: object) -> None:
     """On standard output and nothing else; numbers that are not finite become null."""
     typer.echo(msgspec.json.format(msgspec.json.encode(facts), indent=1).decode())
-
-
-def _show(found: culpa.Audit, folder: Path, *, json: bool = False) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    found.to_json(folder / "audit.json")
-    found.to_html(folder / "audit.html")
-    if json:
-        typer.echo((folder / "audit.json").read_text(encoding="utf-8"))
-        return
-    _print_audit(found)
-    out.print(f"Report: {folder / 'audit.html'}   Data: {folder / 'audit.json'}")
-
-
-def _print_audit(found: culpa.Audit) -> None:
-    from culpa.report.table import tables
-
-    for verdict in found.record.verdicts:
-        out.print(f"[bold]*[/] {escape(verdict)}")
-    out.print()
-    for table in tables(found.record):
-        out.print(table)
-        out.print()
-    for caution in found.record.cautions:
-        out.print(f"[dim]Note: {escape(caution)}")

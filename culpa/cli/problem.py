@@ -9,6 +9,19 @@ from typing import Any
 from culpa.behaviour import Behaviour
 from culpa.errors import OptionError
 from culpa.problem import Problem
+from culpa.report.showing import Show
+
+AS_IT_IS = "as-is"
+"""Shows pictures and numbers without a function of the user's."""
+
+
+def load_show(name: str | None) -> Show | None:
+    """``--show``: the user's ``module:function``, or ``None`` for an example as it is.
+
+    Raises:
+        OptionError: if there is no such function.
+    """
+    return None if name in (None, AS_IT_IS) else load_function("--show", name)
 
 
 def load_problem(name: str) -> tuple[Problem, list[Behaviour]]:
@@ -17,19 +30,29 @@ def load_problem(name: str) -> tuple[Problem, list[Behaviour]]:
     Raises:
         OptionError: if there is no such function or it returns something else.
     """
+    made: Any = load_function("--problem", name)()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Problem)):  # pyright: ignore[reportUnknownArgumentType]
+        raise OptionError(f"--problem {name} must return (culpa.Problem, [culpa.Behaviour, ...]).")
+    return made  # pyright: ignore[reportUnknownVariableType]
+
+
+def load_function(option: str, name: str) -> Any:
+    """``module:function``, found like an import from the current folder.
+
+    Raises:
+        OptionError: if there is none.
+    """
     module, _, function = name.partition(":")
     if not (module and function):
         raise OptionError(
-            f"--problem takes MODULE:FUNCTION, such as my_training:problem; got {name!r}."
+            f"{option} takes MODULE:FUNCTION, such as my_training:{option.strip('-')}; got"
+            f" {name!r}."
         )
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as `python -m` has it
     try:
-        made: Any = getattr(importlib.import_module(module), function)()
+        return getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         raise OptionError(
-            f"--problem {name}: {error}. It is looked up from the current folder."
+            f"{option} {name}: {error}. It is looked up from the current folder."
         ) from error
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Problem)):  # pyright: ignore[reportUnknownArgumentType]
-        raise OptionError(f"--problem {name} must return (culpa.Problem, [culpa.Behaviour, ...]).")
-    return made  # pyright: ignore[reportUnknownVariableType]

@@ -8,9 +8,9 @@ import re
 import msgspec
 import torch
 
-from culpa.dynamics.updates import rule_for
+from culpa.dynamics import running
+from culpa.dynamics.updates import Rules
 from culpa.errors import CulpaError
-from culpa.estimators.effects import refuse_running_statistics
 from culpa.trajectory import environment
 from culpa.trajectory.environment import Difference
 from culpa.trajectory.run import Run
@@ -159,9 +159,8 @@ def _no_first_order(run: Run) -> str:
     """Why neither adjoint nor tangent is possible; empty if they are, as far as a run can tell."""
     try:
         for stage in run.stages:
-            for name in {run.step(k).optimizer.name for k in (stage.start, stage.stop - 1)}:
-                rule_for(name)
-        refuse_running_statistics(run, "a first-order sweep")
+            Rules().require_differentiable(run.step(stage.start).groups)
+        running.names(run.state(0), run.state(run.num_steps))
     except CulpaError as error:
         return str(error)
     return ""

@@ -67,6 +67,12 @@ def train(
     return open_run(path), task, behaviours
 
 
+def shown(example: Batch) -> tuple[Tensor, str]:
+    """A training example as the report shows it: its picture and its label."""
+    image, label = example
+    return image.view(8, 8), f"labelled {int(label)}"
+
+
 def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)

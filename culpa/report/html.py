@@ -19,29 +19,40 @@ from pathlib import Path
 from typing import Any
 
 from culpa.auditing.record import AuditRecord
-from culpa.errors import StoreError, UnsupportedError
+from culpa.errors import OptionError, StoreError, UnsupportedError
 from culpa.report import numbers
 from culpa.report.charts.bars import row_height
 from culpa.report.charts.scale import GRADES, grade_index
 from culpa.report.charts.theme import import_altair
 from culpa.report.citations import linked
+from culpa.report.conduct import placebos, searching, spending, windows
+from culpa.report.drill import drills
 from culpa.report.matrix import matrix
-from culpa.report.panels import panel
+from culpa.report.panels import grade_of, panel
 from culpa.report.record_check import checked
+from culpa.report.showing import Show, shown_examples
+from culpa.trajectory.run import Run
 
 
-def render(record: AuditRecord) -> str:
+def render(record: AuditRecord, *, run: Run | None = None, show: Show | None = None) -> str:
     """The report of ``record``: one HTML document below 2 MB for any run, however long.
+
+    With ``run`` it shows the training examples it names, at most ``showing.SHOWN`` at each end of
+    each behaviour; ``show`` turns one into what is shown. Without it no data of the run is shown.
 
     Every text of the record is treated as hostile. Numbers that are not finite are shown as such.
     Vega is inlined, 0.9 MB of the file; the first call of a process bundles it (about 1.5 s).
 
     Raises:
         UnsupportedError: Altair, vl-convert or Jinja2 is not installed.
-        OptionError: the record contradicts itself (lists of different lengths).
+        OptionError: the record contradicts itself (lists of different lengths), ``run`` is another
+            run, or ``show`` came without it.
     """
+    if show is not None and run is None:
+        raise OptionError("show= turns the examples of run= into what is shown: give both.")
     environment, markup = _templates()
     record = checked(record)
+    shown = {} if run is None else shown_examples(record, run, show)
     panels = [panel(record, q) for q in range(len(record.behaviours))]
     specs: dict[str, Any] = {}
     for each in panels:
@@ -51,6 +62,10 @@ def render(record: AuditRecord) -> str:
         record=record,
         panels=panels,
         matrix=matrix(record),
+        drills=[drill for drill in drills(record, shown) if not drill.empty],
+        pictured=run is not None,
+        conducted=[*spending(record), *placebos(record), *searching(record)],
+        windows=windows(record),
         grades=GRADES,
         specs={key: markup(_json(d.spec)) for key, d in specs.items() if d is not None},
         policy=_policy(scripts),
@@ -60,13 +75,19 @@ def render(record: AuditRecord) -> str:
     return str(page)
 
 
-def write(record: AuditRecord, path: str | os.PathLike[str]) -> None:
-    """Write ``render(record)`` to ``path``, all of it or nothing; an existing file is replaced.
+def write(
+    record: AuditRecord,
+    path: str | os.PathLike[str],
+    *,
+    run: Run | None = None,
+    show: Show | None = None,
+) -> None:
+    """Write ``render(...)`` to ``path``, all of it or nothing; an existing file is replaced.
 
     Raises:
         StoreError: the file cannot be written.
     """
-    page = render(record)
+    page = render(record, run=run, show=show)
     target = Path(path)
     temporary: Path | None = None
     try:
@@ -107,12 +128,15 @@ def _templates() -> tuple[Any, Any]:
         "plural": numbers.plural,
         "data_size": numbers.data_size,
         "duration": numbers.duration,
+        "small": numbers.small,
         "moment": numbers.moment,
         "grade_index": grade_index,
+        "grade_of": grade_of,
         "linked": linked,
         "row_height": row_height,
     }
     environment.filters.update(filters)
+    environment.tests["finite"] = lambda value: numbers.finite(value) is not None
     return environment, Markup
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from culpa.auditing.record import AuditRecord
+from culpa.auditing.record import AuditRecord, StageFinding
 from culpa.report.charts.scale import clamp, grade_index, reach
 from culpa.report.numbers import finite
+from culpa.report.panels import grade_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One stage on one behaviour. ``share`` in [-1, 1]: the effect as a part of the scale's end."""
+    """One stage on one behaviour: its best number, and the estimate too where there are both.
 
-    effect: float | None
-    replayed: float | None
+    ``share`` in [-1, 1]: the best number as a part of the scale's end.
+    """
+
+    best: float | None
+    estimate: float | None
     was_replayed: bool
+    both: bool
     share: float
     grade: str
 
@@ -38,25 +43,31 @@ def matrix(record: AuditRecord) -> Matrix:
     ends: dict[str, float] = {}
     for unit in dict.fromkeys(behaviour.unit for behaviour in record.behaviours):
         columns = [q for q, behaviour in enumerate(record.behaviours) if behaviour.unit == unit]
-        known = [s.effects[q] for s in record.stages for q in columns if grade_index(s.grade) < 2]
-        every = [s.effects[q] for s in record.stages for q in columns]
+        cells = [(best_of(s, q), grade_of(s, q)) for s in record.stages for q in columns]
+        known = [best for best, grade in cells if grade_index(grade) < 2]
+        every = [best for best, _ in cells]
         ends[unit] = reach(known if any(known) else every)
     rows = [
-        [
-            _cell(stage.effects[q], stage.replayed[q], stage.grade, ends[behaviour.unit])
-            for q, behaviour in enumerate(record.behaviours)
-        ]
+        [_cell(stage, q, ends[behaviour.unit]) for q, behaviour in enumerate(record.behaviours)]
         for stage in record.stages
     ]
     return Matrix(rows=rows, ends=ends)
 
 
-def _cell(effect: float | None, replayed: float | None, grade: str, end: float) -> Cell:
-    kept = finite(effect)
+def best_of(stage: StageFinding, q: int) -> float | None:
+    """The replayed effect on behaviour ``q`` or else the estimate."""
+    truth = stage.replayed[q]
+    return stage.effects[q] if truth is None else truth
+
+
+def _cell(stage: StageFinding, q: int, end: float) -> Cell:
+    best, replayed = best_of(stage, q), stage.replayed[q] is not None
+    kept = finite(best)
     return Cell(
-        effect=effect,
-        replayed=replayed,
-        was_replayed=replayed is not None,
+        best=best,
+        estimate=stage.effects[q],
+        was_replayed=replayed,
+        both=replayed and stage.estimated,
         share=0.0 if kept is None else round(clamp(kept / end, 1.0), 3),
-        grade=grade,
+        grade=grade_of(stage, q),
     )

@@ -13,6 +13,8 @@ MINUS: Final = "\u2212"
 NOT_FINITE: Final = "not finite"
 ABSENT: Final = "\u2013"
 """Stands where there is no number: a stage that was not replayed."""
+NEGLIGIBLE: Final = 1e-3
+"""A half-width below this part of the largest effect is rounding, whose digits mean nothing."""
 _SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _REORDERING: Final = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
 _BYTES: Final = ("bytes", "kB", "MB", "GB", "TB", "PB")
@@ -49,6 +51,21 @@ def signed(value: float | None, *, digits: int = 3, ascii_only: bool = False) ->
     text = magnitude(value, digits=digits, ascii_only=ascii_only)
     positive = value is not None and math.isfinite(value) and value > 0.0
     return f"+{text}" if positive else text
+
+
+def half_width(value: float | None, largest: float, *, ascii_only: bool = False) -> str:
+    """Two digits; ``~0`` below a thousandth of the ``largest`` effect, and ``-`` where unknown."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if value < NEGLIGIBLE * largest:
+        return "~0"
+    return magnitude(value, digits=2, ascii_only=ascii_only)
+
+
+def small(value: float | None, largest: float) -> str:
+    """As ``signed``, but ``~0`` below a thousandth of ``largest``: a remainder of rounding."""
+    kept = finite(value)
+    return "~0" if kept is not None and abs(kept) < NEGLIGIBLE * abs(largest) else signed(value)
 
 
 def count(number: int) -> str:

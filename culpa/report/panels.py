@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from culpa.auditing.record import AuditRecord, BehaviourFacts
+from culpa.auditing.record import AuditRecord, BehaviourFacts, StageFinding
 from culpa.report.charts import Band, Bar, Drawing, Stem, stage_bars, update_strip
+from culpa.report.charts.scale import REPLAYED
 from culpa.report.charts.thinning import allowance, thin
-from culpa.report.numbers import count, plural, signed
+from culpa.report.numbers import count, finite, magnitude, plural, signed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,9 @@ def panel(record: AuditRecord, q: int) -> Panel:
             effect=stage.effects[q],
             score=stage.scores[q],
             replayed=stage.replayed[q],
-            grade=stage.grade,
+            grade=stage.grade if grade_of(stage, q) == REPLAYED else grade_of(stage, q),
+            interval=stage.intervals[q] if stage.intervals else None,
+            floor=stage.floors[q] if stage.floors else None,
         )
         for stage in record.stages
     ]
@@ -66,6 +69,11 @@ def panel(record: AuditRecord, q: int) -> Panel:
         groups=_by_stage(stems, [stage.name for stage in record.stages]),
         shown=len(stems),
     )
+
+
+def grade_of(stage: StageFinding, q: int) -> str:
+    """Of its best number on behaviour ``q``: "replayed", or how far the estimate is trusted."""
+    return stage.grades[q] if stage.grades else stage.grade
 
 
 def _stems(record: AuditRecord, q: int) -> list[Stem]:
@@ -106,6 +114,7 @@ def _in_words(bars: Sequence[Bar], behaviour: BehaviourFacts) -> str:
     each = "; ".join(
         f"{bar.stage}: {signed(bar.effect)}"
         + ("" if bar.replayed is None else f", replayed {signed(bar.replayed)}")
+        + ("" if finite(bar.interval) is None else f", ± {magnitude(bar.interval)}")
         for bar in bars
     )
     return (

@@ -24,6 +24,13 @@ def checked(record: AuditRecord) -> AuditRecord:
     for stage in record.stages:
         for what in ("scores", "effects", "replayed"):
             _same(f"stage {stage.name!r}: {what}", len(getattr(stage, what)), wanted, "behaviours")
+        for what in ("intervals", "floors", "grades", "sums"):
+            if getattr(stage, what):  # as far as known
+                _same(
+                    f"stage {stage.name!r}: {what}", len(getattr(stage, what)), wanted, "behaviours"
+                )
+    for placebo in record.placebos:
+        _same(f"placebo at {placebo.at}: effects", len(placebo.effects), wanted, "behaviours")
     updates = record.updates
     for k, row in enumerate(updates.scores):
         _same(f"update {k}: scores", len(row), wanted, "behaviours")

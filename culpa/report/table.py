@@ -12,16 +12,17 @@ from rich.text import Text
 
 from culpa.auditing.record import AuditRecord, StageFinding
 from culpa.errors import OptionError
-from culpa.report.numbers import finite, signed
+from culpa.report.numbers import finite, half_width, signed
 from culpa.report.record_check import checked
 
 WIDTH: Final = 80
 
 
 def build(record: AuditRecord, behaviour: str | None = None) -> Table:
-    """The table of one behaviour: AA-Score, estimated effect, true effect where replayed, trust.
+    """The table of one behaviour: AA-Score, estimated effect, true effect where replayed, grade.
 
     Numbers are in the behaviour's unit, signs always shown; positive: the stage raised it. The
+    half-width at 95 % belongs to the true effect or, without one, to the estimate. The
     most blamed stage is red and the most credited green, by the true effect where it was
     replayed and else by the estimate, whatever its grade.
 
@@ -59,31 +60,46 @@ def to_text(record: AuditRecord) -> str:
 def _table(record: AuditRecord, q: int, *, ascii_only: bool = False) -> Table:
     facts = record.behaviours[q]
     value = signed(facts.value, ascii_only=ascii_only)
+    plus_minus = "+/-" if ascii_only else "\N{PLUS-MINUS SIGN}"
     table = Table(
         title=Text(f"{facts.name}: {value} {facts.unit} (mean of {facts.count})"),
-        caption=Text('> 0: the stage raised it; < 0: it lowered it; "-": not replayed'),
+        caption=Text(
+            f"> 0: the stage raised it; < 0: it lowered it; {plus_minus}: at 95 %; -: not known"
+        ),
         title_style="bold",
         title_justify="left",
         caption_justify="left",
         box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD,
     )
     table.add_column("Stage", overflow="fold", min_width=12)
-    for header in ("AA-Score", "Est. effect", "True effect"):
+    width = 9 if ascii_only else 10  # ASCII draws rules between columns
+    for header in ("AA-Score", "Estimated", "Replayed"):
         head = Text(f"{header}\n[{facts.unit}]")
-        table.add_column(head, justify="right", overflow="fold", min_width=10, max_width=14)
-    table.add_column("Trust", overflow="fold", min_width=8, max_width=14)
+        table.add_column(head, justify="right", overflow="fold", min_width=9, max_width=width)
+    table.add_column(plus_minus, justify="right")
+    table.add_column("Grade", overflow="fold", min_width=8, max_width=14)
     blamed, credited = _extremes(record.stages, q)
+    largest = largest_effect(record, q)
     for i, stage in enumerate(record.stages):
         replayed = stage.replayed[q]
+        estimate = signed(stage.effects[q], ascii_only=ascii_only) if stage.estimated else "-"
+        half = finite(stage.intervals[q]) if stage.intervals else None
         table.add_row(
             Text(stage.name),
             signed(stage.scores[q], ascii_only=ascii_only),
-            signed(stage.effects[q], ascii_only=ascii_only),
+            estimate,
             "-" if replayed is None else signed(replayed, ascii_only=ascii_only),
-            Text(stage.grade),
+            half_width(half, largest, ascii_only=ascii_only),
+            Text(stage.grades[q] if stage.grades else stage.grade),
             style="red" if i == blamed else "green" if i == credited else None,
         )
     return table
+
+
+def largest_effect(record: AuditRecord, q: int) -> float:
+    """The largest absolute best number of any stage; 0 if there is none."""
+    best = (s.effects[q] if s.replayed[q] is None else s.replayed[q] for s in record.stages)
+    return max((abs(b) for b in map(finite, best) if b is not None), default=0.0)
 
 
 def _extremes(stages: list[StageFinding], q: int) -> tuple[int | None, int | None]:

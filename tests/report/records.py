@@ -135,6 +135,7 @@ def _stage(
     spread = {"trusted": 0.04, "doubtful": 0.25, "not identified": 0.7}[grade]
     effects = [score * (1.0 + draw.gauss(0.0, spread)) for score in scores]
     true = [e * (1.0 + draw.gauss(0.0, spread)) if replayed else None for e in effects]
+    trust = ["replayed" if replayed else grade] * len(scores)
     growth = {"trusted": 0.92, "doubtful": 3.1, "not identified": 43.0}[grade]
     return StageFinding(
         name=name,
@@ -149,4 +150,8 @@ def _stage(
         displacement=0.137,
         growth=growth,
         residual=0.021 * growth,
+        intervals=[0.03 * growth] * len(scores),
+        floors=[0.012] * len(scores),
+        grades=trust,
+        sums=[1.1 * score for score in scores],
     )

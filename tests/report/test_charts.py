@@ -102,13 +102,40 @@ def test_bars_show_estimate_score_and_truth() -> None:
         (-0.5, 0.0, None),
     ]
     assert [(r["sign"], r["g"]) for r in rows] == [("raised", 0), ("lowered", 1)]
-    assert [r["label"] for r in rows] == ["+0.250", "−0.500"]
+    assert [r["label"] for r in rows] == ["+0.200", "−0.500"]  # the best number of each
     assert [r["replayed_text"] for r in rows] == ["+0.200", "not replayed"]
     params = {param["name"]: param["value"] for param in drawing.spec["params"] if "value" in param}
     assert params["two_lines"] == ["effect on clean digits [nats]", "> 0: the stage raised it"]
     assert params["one_line"] == ["effect on clean digits [nats]; > 0: the stage raised it"]
     assert drawing.left_out == ""
     assert drawing.spec["description"] == "words"
+
+
+def test_intervals_surround_the_best_number_and_placebos_zero() -> None:
+    drawing = draw_bars(
+        bar(0.25, replayed=0.2, interval=0.05, floor=0.01),
+        bar(-0.5, interval=0.1, floor=math.nan),
+        bar(0.3, interval=math.inf),
+    )
+    rows = drawing.spec["datasets"]["stages"]
+    assert [(r["low"], r["high"]) for r in rows] == [
+        (pytest.approx(0.15), pytest.approx(0.25)),
+        (pytest.approx(-0.6), pytest.approx(-0.4)),
+        (None, None),
+    ]
+    assert [(r["floor_low"], r["floor_high"]) for r in rows] == [
+        (-0.01, 0.01),
+        (None, None),
+        (None, None),
+    ]
+    assert [r["interval_text"] for r in rows] == ["0.0500", "0.100", "not known"]
+    ends = [
+        value
+        for path, value in every_item(drawing.spec)
+        if path[-2:] == ("scale", "domain") and "x" in path
+    ]
+    assert ends
+    assert all(low < -0.6 for low, _ in ends)  # the axis reaches the end of the longest whisker
 
 
 def test_bars_say_what_lies_beyond_the_axis_and_what_is_not_finite() -> None:
@@ -192,14 +219,18 @@ def test_a_page_carries_a_bounded_number_of_updates(behaviours: int, stages: int
 def test_matrix_scale_is_symmetric_and_shared_by_unit(build: Callable[..., AuditRecord]) -> None:
     record = build()
     found = matrix(record)
-    identified = [s for s in record.stages if s.grade != "not identified"]
-    assert found.ends["nats"] == max(abs(s.effects[q]) for s in identified for q in (0, 1))
-    assert found.ends["points"] == max(abs(s.effects[2]) for s in identified)
-    for stage, row in zip(record.stages, found.rows, strict=True):
-        for effect, cell, facts in zip(stage.effects, row, record.behaviours, strict=True):
-            share = max(-1.0, min(1.0, effect / found.ends[facts.unit]))
+    best = [
+        [e if r is None else r for e, r in zip(s.effects, s.replayed, strict=True)]
+        for s in record.stages
+    ]
+    assert record.stages[0].grades == ["not identified"] * 3  # and the others are replayed
+    assert found.ends["nats"] == max(abs(row[q]) for row in best[1:] for q in (0, 1))
+    assert found.ends["points"] == max(abs(row[2]) for row in best[1:])
+    for numbers, row in zip(best, found.rows, strict=True):
+        for number, cell, facts in zip(numbers, row, record.behaviours, strict=True):
+            share = max(-1.0, min(1.0, number / found.ends[facts.unit]))
             assert cell.share == pytest.approx(share, abs=1e-3)
-            assert cell.effect == effect
+            assert cell.best == number
 
 
 def test_matrix_without_anything_identified_still_has_a_scale(
@@ -207,7 +238,13 @@ def test_matrix_without_anything_identified_still_has_a_scale(
 ) -> None:
     record = build()
     bad = [
-        msgspec.structs.replace(s, grade="not identified", effects=[math.nan, math.inf, 2.0])
+        msgspec.structs.replace(
+            s,
+            grade="not identified",
+            grades=["not identified"] * 3,
+            effects=[math.nan, math.inf, 2.0],
+            replayed=[None] * 3,
+        )
         for s in record.stages
     ]
     found = matrix(msgspec.structs.replace(record, stages=bad))

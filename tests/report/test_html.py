@@ -164,15 +164,20 @@ def test_every_chart_has_words_and_a_table_with_its_numbers(record: AuditRecord)
         rows = [[c.text for c in page.below(row, "td")] for row in page.below(table, "tr")]
         rows = [row for row in rows if row]
         if kind == "bars":
-            assert [row[1:4] for row in rows] == [
+            assert [row[1:] for row in rows] == [
                 [
                     signed(s.scores[int(q)]),
                     signed(s.effects[int(q)]),
                     "not replayed" if s.replayed[int(q)] is None else signed(s.replayed[int(q)]),
+                    magnitude(s.intervals[int(q)], digits=2),
+                    magnitude(s.floors[int(q)], digits=2),
+                    s.grades[int(q)],
                 ]
                 for s in record.stages
             ]
-            assert [r["label"] for r in spec["datasets"]["stages"]] == [row[2] for row in rows]
+            assert [r["label"] for r in spec["datasets"]["stages"]] == [
+                row[2] if row[3] == "not replayed" else row[3] for row in rows
+            ]
         else:
             updates = record.updates
             assert rows == [
@@ -197,9 +202,13 @@ def test_the_matrix_and_the_trust_table_hold_the_numbers(record: AuditRecord) ->
     )
     for row, stage in zip(page.below(matrix, "tr")[1:], record.stages, strict=True):
         cells = page.below(row, "td")
-        for cell, effect, true in zip(cells, stage.effects, stage.replayed, strict=True):
-            assert cell.text == signed(effect) + ("" if true is None else f"true {signed(true)}")
-            assert cell.attributes["class"].split()[0] == ("lower" if effect < 0 else "raise")
+        for cell, effect, true, known in zip(
+            cells, stage.effects, stage.replayed, stage.grades, strict=True
+        ):
+            said = known if true is None else f"{known}, estimated {signed(effect)}"
+            best = effect if true is None else true
+            assert cell.text == signed(best) + said
+            assert cell.attributes["class"].split()[0] == ("lower" if best < 0 else "raise")
     for row, stage in zip(page.below(trust, "tr")[1:], record.stages, strict=True):
         assert [cell.text for cell in page.below(row, "td")] == [
             stage.grade,
@@ -255,9 +264,9 @@ def test_numbers_that_are_not_finite_are_said_to_be(record: AuditRecord) -> None
     assert [c.text for c in page.below(page.below(trust, "tr")[1], "td")][1:4] == [NOT_FINITE] * 3
     matrix = page.one("table", **{"class": "matrix"})
     assert [c.text for c in page.below(page.below(matrix, "tr")[1], "td")] == [
-        f"{NOT_FINITE}true {NOT_FINITE}",
-        NOT_FINITE,
-        f"{NOT_FINITE}true +1.00",
+        f"{NOT_FINITE}not identified, estimated {NOT_FINITE}",
+        f"{NOT_FINITE}not identified",
+        f"+1.00not identified, estimated {NOT_FINITE}",
     ]
     assert specs(page)["strip-0"]["datasets"]["updates"][0]["s"] is None
     notes = [p.text for p in page.all("p", **{"class": "note warn"})]

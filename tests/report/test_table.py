@@ -13,9 +13,9 @@ from rich.table import Table
 
 from culpa.auditing.record import AuditRecord
 from culpa.errors import OptionError
-from culpa.report.numbers import signed
+from culpa.report.numbers import half_width, signed
 from culpa.report.table import build as build_table
-from culpa.report.table import tables, to_text
+from culpa.report.table import largest_effect, tables, to_text
 
 
 def shown(table: Table, *, width: int = 80, colour: bool = False) -> str:
@@ -46,7 +46,8 @@ def test_one_table_a_behaviour_one_row_a_stage(record: AuditRecord) -> None:
                 signed(stage.effects[q]),
                 "-" if true is None else signed(true),
             ]
-            assert " ".join(cells[3:]) == stage.grade
+            assert cells[3] == half_width(stage.intervals[q], largest_effect(record, q))
+            assert " ".join(cells[4:]) == stage.grades[q]
 
 
 def test_tables_are_readable_at_80_columns(record: AuditRecord) -> None:
@@ -58,6 +59,21 @@ def test_tables_are_readable_at_80_columns(record: AuditRecord) -> None:
     assert all(not line.endswith(" ") for line in text.splitlines())
     assert text.replace("°", "").isascii()
     assert "…" not in text
+
+
+def test_the_digits_of_rounding_are_not_shown(record: AuditRecord) -> None:
+    tiny = [msgspec.structs.replace(s, intervals=[1e-7] * 3) for s in record.stages]
+    text = shown(tables(msgspec.structs.replace(record, stages=tiny))[0], width=120)
+    assert text.count(" ~0 ") == len(tiny)
+    assert half_width(0.0123, 1.0) == "0.012"
+    assert half_width(math.nan, 1.0) == half_width(None, 1.0) == "-"
+
+
+def test_what_is_not_known_is_a_dash(build: Callable[..., AuditRecord]) -> None:
+    record = build(stages=["only"], replayed=False)
+    bare = msgspec.structs.replace(record.stages[0], intervals=[], grades=[], estimated=False)
+    cells = line_with(shown(tables(msgspec.structs.replace(record, stages=[bare]))[0]), "only")
+    assert cells.split()[2:] == ["-", "-", "-", bare.grade]
 
 
 def test_the_most_blamed_stage_is_red_and_the_most_credited_green(record: AuditRecord) -> None:
@@ -85,10 +101,10 @@ def test_no_stage_is_blamed_that_raised_the_behaviour(build: Callable[..., Audit
 
 def test_names_are_text_not_markup(build: Callable[..., AuditRecord]) -> None:
     record = build(
-        stages=["[red]alarm[/red]", "\x1b[2Jwipe", ":boom:"], behaviours=[("[b]x[/b]", "[u]")]
+        stages=["[red]alarm[/]", "\x1b[2Jwipe", ":boom:"], behaviours=[("[b]x[/b]", "[u]")]
     )
     text = to_text(record)
-    assert "[red]alarm[/red]" in text
+    assert "[red]alarm[/]" in text
     assert "[b]x[/b]" in text
     assert ":boom:" in text
     assert "\x1b" not in text

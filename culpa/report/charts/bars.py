@@ -18,7 +18,7 @@ from culpa.report.charts.theme import (
     import_altair,
     sign_colour,
 )
-from culpa.report.numbers import NOT_FINITE, finite, signed
+from culpa.report.numbers import NOT_FINITE, finite, magnitude, signed
 
 ROOMY: Final = 12
 """Up to so many stages have roomy rows; more stand closer together."""
@@ -38,20 +38,34 @@ class Bar:
     score: float | None
     replayed: float | None
     grade: str
+    interval: float | None = None
+    """Half-width at 95 % around the replayed effect or else the estimate; not finite: unknown."""
+    floor: float | None = None
+    """Half-width of what is chaos, by placebos; not finite: unknown."""
+
+    @property
+    def best(self) -> float | None:
+        """The replayed effect or else the estimate."""
+        return finite(self.effect if self.replayed is None else self.replayed)
 
 
 def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: str) -> Drawing:
-    """Horizontal bars, one a stage: estimate (bar), AA-Score (tick), replayed truth (diamond)."""
+    """Horizontal bars, one a stage: estimate (bar), AA-Score (tick), replayed truth (diamond).
+
+    A thin line is the interval of the best number, a grey band around zero what is chaos.
+    """
     alt = import_altair()
     row = row_height(len(bars))
     limit = reach(
         [bar.replayed for bar in bars]
         + [x for bar in bars if grade_index(bar.grade) < 2 for x in (bar.effect, bar.score)],
-        [x for bar in bars if grade_index(bar.grade) == 2 for x in (bar.effect, bar.score)],
+        [x for bar in bars if grade_index(bar.grade) == 2 for x in (bar.effect, bar.score)]
+        + [x for bar in bars for x in (*_interval(bar), bar.floor)],
     )
     rows = [_bar_row(i, bar, limit) for i, bar in enumerate(bars)]
     ends = domain(
-        [values[key] for values in rows for key in ("effect", "score", "replayed")], limit
+        [values[key] for values in rows for key in ("effect", "score", "replayed", "low", "high")],
+        limit,
     )
     meaning = (f"effect on {behaviour} [{unit}]", "> 0: the stage raised it")
     base = alt.Chart(alt.NamedData("stages")).encode(
@@ -65,6 +79,8 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
                 ("effect_text", "estimated effect"),
                 ("score_text", "AA-Score"),
                 ("replayed_text", "true effect"),
+                ("interval_text", "± at 95 %"),
+                ("floor_text", "chaos within ±"),
                 ("grade_text", "grade"),
             )
         ],
@@ -80,6 +96,12 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
         color=sign_colour(alt), stroke=sign_colour(alt), fillOpacity=grade_opacity(alt)
     )
     zero = alt.Chart(alt.NamedData("origin")).mark_rule(color="var(--axis)", aria=False)
+    chaos = base.encode(x="floor_low:Q", x2="floor_high:Q").mark_bar(
+        height=row - 6, color="var(--axis)", opacity=0.28, aria=False
+    )
+    whisker = base.encode(x="low:Q", x2="high:Q").mark_rule(
+        color="var(--ink)", strokeWidth=1.5, opacity=1, aria=False
+    )
     halo = base.encode(x="score:Q").mark_tick(
         color="var(--surface)", thickness=5, height=0.74 * row, opacity=1, aria=False
     )
@@ -113,7 +135,8 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
     label = base.encode(text="label:N", x=alt.value("width")).mark_text(
         align="left", dx=10, color="var(--ink)", fontSize=12, aria=False
     )
-    layers = alt.layer(zero.encode(x=alt.datum(0)), bar, halo, tick, off, diamond, label)
+    origin = zero.encode(x=alt.datum(0))
+    layers = alt.layer(origin, bar, chaos, whisker, halo, tick, off, diamond, label)
     spec = (
         axis_words(alt, layers, *meaning, orient="bottom")
         .add_params(alt.param(name="names", value=[bar.stage for bar in bars]))
@@ -134,21 +157,39 @@ def stage_bars(bars: Sequence[Bar], *, behaviour: str, unit: str, description: s
 def _bar_row(i: int, bar: Bar, limit: float) -> dict[str, Any]:
     effect, score, replayed = finite(bar.effect), finite(bar.score), finite(bar.replayed)
     beyond = effect is not None and abs(effect) > limit
+    low, high = _interval(bar)
+    floor = finite(bar.floor)
     return {
         "i": i,
         "name": bar.stage,
         "effect": None if effect is None else clamp(effect, limit),
         "score": None if score is None or abs(score) > limit else score,
         "replayed": replayed,
+        "low": None if low is None else clamp(low, limit),
+        "high": None if high is None else clamp(high, limit),
+        "floor_low": None if floor is None else -min(floor, limit),
+        "floor_high": None if floor is None else min(floor, limit),
         "off": clamp(effect, limit) if effect is not None and beyond else None,
         "sign": "lowered" if effect is not None and effect < 0.0 else "raised",
         "g": grade_index(bar.grade),
-        "label": signed(bar.effect),
+        "label": signed(bar.effect if bar.replayed is None else bar.replayed),
         "effect_text": signed(bar.effect),
         "score_text": signed(bar.score),
         "replayed_text": "not replayed" if bar.replayed is None else signed(bar.replayed),
+        "interval_text": _known(bar.interval),
+        "floor_text": _known(bar.floor),
         "grade_text": bar.grade,
     }
+
+
+def _interval(bar: Bar) -> tuple[float | None, float | None]:
+    """The ends of its interval, where both are known."""
+    best, half = bar.best, finite(bar.interval)
+    return (None, None) if best is None or half is None else (best - half, best + half)
+
+
+def _known(value: float | None) -> str:
+    return "not known" if finite(value) is None else magnitude(value)
 
 
 def _name_axis(alt: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Final
 
 from culpa.report.numbers import finite
 
+REPLAYED: Final = "replayed"
+"""The grade of an exact number: drawn as a trusted one."""
 GRADES: Final = ("trusted", "doubtful", "not identified")
 """The grades of an audit, best first. Any other text is shown as it is and drawn as the last."""
 TOLERANCE: Final = 4.0
@@ -17,6 +19,8 @@ LARGEST: Final = 1e100
 
 def grade_index(grade: str) -> int:
     """Position of ``grade`` in ``GRADES``; the last for a grade this version does not know."""
+    if grade == REPLAYED:
+        return 0
     return GRADES.index(grade) if grade in GRADES else len(GRADES) - 1
 
 

@@ -1,0 +1,76 @@
+"""``culpa audit`` as a person reads it: the verdicts, the tables, how it was done; and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import rmtree
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import culpa
+from culpa.auditing.again import compare
+from culpa.auditing.record import AuditRecord
+from culpa.errors import IntegrityError
+from culpa.report.showing import Show
+from culpa.trajectory.run import Run
+
+
+def work_folder(folder: Path, *, resume: bool) -> Path:
+    """Where an audit keeps its results while it runs; emptied first unless it is to go on."""
+    work = folder / "work"
+    if not resume and work.is_dir():
+        rmtree(work)
+    return work
+
+
+def show(
+    out: Console,
+    found: culpa.Audit,
+    folder: Path,
+    *,
+    json: bool = False,
+    run: Run | None = None,
+    decoder: Show | None = None,
+) -> None:
+    """Write the audit and its page, with examples of ``run``, into ``folder``, and print it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found.to_json(folder / "audit.json")
+    found.to_html(folder / "audit.html", run=run, show=decoder)
+    if json:
+        typer.echo((folder / "audit.json").read_text(encoding="utf-8"))
+        return
+    print_audit(out, found)
+    out.print(f"Report: {folder / 'audit.html'}   Data: {folder / 'audit.json'}")
+
+
+def print_audit(out: Console, found: culpa.Audit) -> None:
+    """The verdicts, a table for each behaviour, how it was done, and the cautions."""
+    from culpa.report.conduct import conduct
+    from culpa.report.table import tables
+
+    for verdict in found.record.verdicts:
+        out.print(f"[bold]*[/] {escape(verdict)}")
+    out.print()
+    for table in tables(found.record):
+        out.print(table)
+        out.print()
+    for line in conduct(found.record):
+        out.print(escape(line))
+    for caution in found.record.cautions:
+        out.print(f"[dim]Note: {escape(caution)}")
+
+
+def reproduced(old: AuditRecord, new: AuditRecord) -> str:
+    """The sentence that says so.
+
+    Raises:
+        IntegrityError: naming what differs.
+    """
+    differences = compare(old, new)
+    if differences:
+        shown = "\n".join(f"  {d}" for d in differences[:10])
+        more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
+        raise IntegrityError(f"the audit does not reproduce:\n{shown}{more}")
+    return f"Reproduced: every number of the audit of {old.created} is the same."
