@@ -1,0 +1,237 @@
+"""Recording an unmodified ``transformers.Trainer``. Needs ``pip install 'culpa[transformers]'``.
+
+    from culpa.integrations.transformers import record_trainer
+
+    with record_trainer(trainer, "runs/llama", stage="sft"):
+        trainer.train()
+
+Everything the trainer does to a loss belongs to the loss here: the trainer's own ``training_step``
+computes it (accumulation, ``num_items_in_batch``, mixed precision, label smoothing, a subclass's
+``compute_loss``), up to the call of ``backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from culpa.errors import OptionError, ProblemError, RecordError, UnsupportedError
+from culpa.integrations.attributes import replaced
+from culpa.problem import Loss, Problem
+from culpa.trajectory.record import record
+from culpa.trajectory.recorder import Recorder
+
+ITEMS, ACCUMULATION, INPUTS = "num_items_in_batch", "accumulation", "inputs"
+"""What a recorded micro-batch holds: the trainer's inputs, and what its loss is divided by."""
+
+
+def problem_of(trainer: Trainer, *, example_losses: Loss | None = None) -> Problem:
+    """What the trainer minimises, as a ``culpa.Problem`` of its model.
+
+    Args:
+        trainer: built as the training script did; it need not have been trained.
+        example_losses: for scores of training examples: ``(model, batch) -> [B]`` whose mean is
+            the loss. ``batch["inputs"]`` is what the trainer's collator made.
+
+    Raises:
+        UnsupportedError: for a trainer that spreads its model or its loss over processes.
+    """
+    _require_one_process(trainer)
+    model = cast("nn.Module", trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.accelerator.native_amp and not hasattr(model, "_original_forward"):
+        trainer.accelerator.prepare_model(model)  # autocast, as train() would wrap it
+    return Problem(model, _LossOf(trainer), example_losses)
+
+
+class _LossOf:
+    """The tensor on which the trainer calls ``backward`` for one recorded micro-batch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        trainer = self.trainer
+        found: list[Tensor] = []
+
+        def keep(loss: Tensor, **_: Any) -> None:
+            found.append(loss)
+
+        if not (isinstance(batch, Mapping) and {ITEMS, ACCUMULATION, INPUTS} <= batch.keys()):
+            raise ProblemError(
+                "problem_of(trainer) takes batches as record_trainer records them, a dictionary"
+                f" with {ITEMS}, {ACCUMULATION} and {INPUTS}; got {type(batch).__name__}."
+            )
+        inputs = dict(cast("Mapping[str, Any]", batch[INPUTS]))
+        # Attributes of the instance hide those of its class for the time of the call.
+        micro_batches = replaced(
+            trainer, "current_gradient_accumulation_steps", int(batch[ACCUMULATION])
+        )
+        with micro_batches, replaced(trainer.accelerator, "backward", keep):
+            trainer.training_step(model, inputs, batch[ITEMS])
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"{type(trainer).__name__}.training_step called accelerator.backward {len(found)}"
+                " times for one batch; culpa records trainers that call it once."
+            )
+        return found[0]
+
+
+@dataclass
+class TrainerRecording:
+    """What ``record_trainer`` yields.
+
+    Attributes:
+        path: the run folder.
+        recorder: from the beginning of ``trainer.train()`` on; ``None`` before.
+    """
+
+    path: Path
+    recorder: Recorder | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Updates recorded so far."""
+        return 0 if self.recorder is None else self.recorder.num_steps
+
+
+@contextmanager
+def record_trainer(
+    trainer: Trainer, path: str | Path, *, stage: str, **options: Any
+) -> Generator[TrainerRecording]:
+    """Record what ``trainer.train()`` does inside, as one stage.
+
+    Args:
+        trainer: any ``transformers.Trainer``, PEFT models and subclasses such as TRL's included.
+        path: the run folder.
+        stage: the name of the stage.
+        options: of ``culpa.record``. Clipping and scheduler are the trainer's.
+
+    Yields:
+        A ``TrainerRecording``.
+
+    Raises:
+        RecordError: if nothing was trained inside, or the training does what a replay could not.
+        UnsupportedError: for trainers over several processes.
+        and whatever ``culpa.record`` raises.
+    """
+    taken = sorted({"scheduler", "scaler", "clip_grad_norm"} & options.keys())
+    if taken:
+        raise OptionError(
+            f"record_trainer takes {', '.join(taken)} from the trainer; leave it out."
+        )
+    recording = TrainerRecording(Path(path))
+    problem = problem_of(trainer)
+    opened = ExitStack()
+    watcher = _Watcher(
+        recording, lambda: _start(trainer, problem, recording, opened, stage, options)
+    )
+    with ExitStack() as restore:
+        trainer.add_callback(watcher)
+        restore.callback(trainer.remove_callback, watcher)
+        samples = trainer.get_batch_samples
+
+        def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
+            batches, items = samples(*args, **kwargs)
+            watcher.arrive(batches, items)
+            return batches, items
+
+        restore.enter_context(replaced(trainer, "get_batch_samples", get_batch_samples))
+        with opened:
+            yield recording
+            watcher.leave_unfinished()
+    if recording.recorder is None:
+        raise RecordError("record_trainer: trainer.train() was not called inside.")
+
+
+def _start(
+    trainer: Trainer,
+    problem: Problem,
+    recording: TrainerRecording,
+    opened: ExitStack,
+    stage: str,
+    options: Mapping[str, Any],
+) -> None:
+    """The optimizer is there and no update was made: recording begins."""
+    optimizer: Any = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps it
+        optimizer = optimizer.optimizer
+    scaler = trainer.accelerator.scaler
+    bound = trainer.args.max_grad_norm
+    recorder = opened.enter_context(
+        record(
+            recording.path,
+            problem,
+            optimizer,
+            scheduler=trainer.lr_scheduler,
+            scaler=scaler,
+            clip_grad_norm=bound if bound and bound > 0 else None,
+            **options,
+        )
+    )
+    opened.enter_context(recorder.stage(stage))
+    recording.recorder = recorder
+
+
+class _Watcher(TrainerCallback):
+    """Tells the recorder where an update begins and ends."""
+
+    def __init__(self, recording: TrainerRecording, start: Callable[[], None]) -> None:
+        self._recording = recording
+        self._start = start
+        self._drawn: tuple[list[Any], Any] = ([], None)
+        self._update: Any = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Optimizer, scheduler and a resumed checkpoint are in place."""
+        if self._recording.recorder is not None:
+            raise RecordError(
+                "record_trainer records one call of trainer.train() as one stage; use it again,"
+                " with another name, for the next."
+            )
+        self._start()
+
+    def arrive(self, batches: list[Any], items: Any) -> None:
+        """All micro-batches of the next update were drawn."""
+        self._drawn = (batches, items)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The first forward pass follows; a resumed trainer put its generators back just now."""
+        recorder, (batches, items) = self._recording.recorder, self._drawn
+        if recorder is None or not batches:
+            return
+        self.leave_unfinished()
+        facts = {ITEMS: items, ACCUMULATION: len(batches)}
+        micro = [{INPUTS: dict(batch), **facts} for batch in batches]
+        # training_step has divided by everything already.
+        self._update = recorder.step(*micro, weights=[1.0] * len(micro))
+        self._update.__enter__()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The update is made."""
+        update, self._update = self._update, None
+        if update is not None:
+            update.__exit__(None, None, None)
+
+    def leave_unfinished(self) -> None:
+        """Training was stopped between two micro-batches."""
+        update, self._update = self._update, None
+        if update is not None:
+            stop = GeneratorExit()
+            update.__exit__(GeneratorExit, stop, None)
+
+
+def _require_one_process(trainer: Trainer) -> None:
+    if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
+        raise UnsupportedError(
+            f"the trainer runs on {trainer.args.world_size} processes and {trainer.args.n_gpu}"
+            " devices each; record_trainer records one process on one device."
+        )
+    for name in ("is_deepspeed_enabled", "is_fsdp_enabled"):
+        if getattr(trainer, name, False):
+            raise UnsupportedError(f"{name.split('_')[1]} is not supported by record_trainer.")
