@@ -4,10 +4,13 @@ from culpa import behaviours as behaviours
 from culpa._version import __version__ as __version__
 from culpa.auditing.agreement import Agreement as Agreement
 from culpa.auditing.agreement import agreement as agreement
+from culpa.auditing.find import FoundUpdates as FoundUpdates
+from culpa.auditing.find import find_updates as find_updates
 from culpa.auditing.interactions import Interactions as Interactions
 from culpa.auditing.interactions import interactions as interactions
 from culpa.auditing.placebo import NoiseFloor as NoiseFloor
 from culpa.auditing.placebo import noise_floor as noise_floor
+from culpa.auditing.segments import segments as segments
 from culpa.behaviour import Behaviour as Behaviour
 from culpa.behaviours.classification import log_likelihood as log_likelihood
 from culpa.dynamics.identity import Identity as Identity
@@ -45,6 +48,7 @@ from culpa.estimators.from_checkpoints.run import from_checkpoints as from_check
 from culpa.estimators.layers import LayerEffects as LayerEffects
 from culpa.estimators.layers import by_layer as by_layer
 from culpa.estimators.layers import effect_by_layer as effect_by_layer
+from culpa.estimators.smoothing import Smoothing as Smoothing
 from culpa.estimators.trust import Trust as Trust
 from culpa.problem import Problem as Problem
 from culpa.report.audit import Audit as Audit

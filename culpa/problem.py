@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from culpa.errors import OptionError, ProblemError
+from culpa.shortcuts import without_shortcuts
 from culpa.tree import Tree
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -28,12 +29,22 @@ class Problem:
             on for one micro-batch. It must use the ``model`` it is given.
         example_losses: optional ``example_losses(model, batch) -> [B]`` whose mean is ``loss``;
             needed for scores of single training examples.
+        optimizers: the optimizer classes, outside of torch.optim, that the run was trained with.
+            A record names them and holds no code.
 
     Raises:
-        OptionError: if ``model`` is no module or a loss is not callable.
+        OptionError: if ``model`` is no module, a loss is not callable, or an optimizer is no class
+            of optimizers.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, example_losses: Loss | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        example_losses: Loss | None = None,
+        *,
+        optimizers: Sequence[type[torch.optim.Optimizer]] = (),
+    ) -> None:
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(
                 f"Problem(model=...) must be a torch.nn.Module, got {type(model).__name__}. "
@@ -45,10 +56,47 @@ class Problem:
                     f"Problem({name}=...) must be a function (model, batch) -> tensor, "
                     f"got {type(function).__name__}."
                 )
+        for one in optimizers:
+            if not (isinstance(one, type) and issubclass(one, torch.optim.Optimizer)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptionError(
+                    "Problem(optimizers=...) takes subclasses of torch.optim.Optimizer, got"
+                    f" {one!r}. Pass the class itself, not an optimizer."
+                )
         self.model = model
         self.loss = loss
         self.example_losses = example_losses
-        self._bound = _Bound(model)
+        self.optimizers = tuple(optimizers)
+
+    @staticmethod
+    def by_stage(problems: Mapping[str, Problem]) -> StagedProblem:
+        """One problem for every stage, by the stage's name: pre-train and fine-tune, say.
+
+        Give it to ``culpa.record`` (its stages then find their loss by name), or to whatever walks
+        a run again that was recorded with ``recorder.stage(name, problem=...)``.
+
+        Raises:
+            OptionError: without problems, or if they are not of one and the same module.
+        """
+        return StagedProblem(problems)
+
+    def of(self, stage: str) -> Problem:
+        """The problem of a stage: this one, of every stage."""
+        return self
+
+    def require_stages(self, stages: Collection[str], losses: int, complete: bool) -> None:
+        """Raise ``ProblemError`` unless this is what a run with these stages was recorded with.
+
+        Args:
+            stages: the run's.
+            losses: how many problems it was recorded with.
+            complete: whether there cannot be further stages.
+        """
+        if losses > 1:
+            raise ProblemError(
+                f"the run was recorded with {losses} problems, one after another, and one was"
+                " given. Pass culpa.Problem.by_stage({name: problem, ...}) with the stages"
+                f" {', '.join(map(repr, stages))}."
+            )
 
     def evaluate(self, batch: Any) -> Tensor:
         """The loss of one micro-batch at the model as it is, checked to be a finite scalar."""
@@ -61,8 +109,8 @@ class Problem:
         return value
 
     def loss_at(self, params: Mapping[str, Tensor], buffers: Tree, batch: Any) -> Tensor:
-        """The loss as a pure function: differentiable in ``params``, ``buffers`` may be written."""
-        return check_loss(self._bound.call(self.loss, params, buffers, batch))
+        """The loss as a pure function, differentiable in ``params``."""
+        return check_loss(self.call_at(self.loss, params, buffers, batch))
 
     def example_losses_at(self, params: Mapping[str, Tensor], buffers: Tree, batch: Any) -> Tensor:
         """The losses of the examples of a micro-batch, shape ``[B]``, as a pure function."""
@@ -71,7 +119,7 @@ class Problem:
                 "examples=True needs Problem(model, loss, example_losses=...): a function "
                 "(model, batch) -> [B] whose mean is the loss."
             )
-        losses = self._bound.call(self.example_losses, params, buffers, batch)
+        losses = self.call_at(self.example_losses, params, buffers, batch)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ProblemError(
@@ -84,26 +132,119 @@ class Problem:
         self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
     ) -> Any:
         """``function(model, batch)`` with the model's tensors replaced, the model untouched."""
-        return self._bound.call(function, params, buffers, batch)
+        # Clones: a module in train mode writes its running statistics into what it is given.
+        return self.call_in(function, params, {n: t.clone() for n, t in buffers.items()}, batch)
 
-
-class _Bound(nn.Module):
-    """Wraps a model so that ``functional_call`` can swap its tensors under any function of it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Function, batch: Any) -> Any:
-        return function(self.model, batch)
-
-    def call(
+    def call_in(
         self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
     ) -> Any:
-        tensors = {f"model.{n}": t for n, t in params.items()}
-        # Clones: a module in train mode writes its running statistics into what it is given.
-        tensors |= {f"model.{n}": t.clone() for n, t in buffers.items()}
-        return functional_call(self, tensors, (function, batch))
+        """As ``call_at``, but modules read and write the very tensors ``buffers``."""
+        with without_shortcuts(), _swapped(self.model, {**params, **buffers}):
+            return function(self.model, batch)
+
+
+class StagedProblem(Problem):
+    """A problem for every stage; made by ``culpa.Problem.by_stage``."""
+
+    def __init__(self, problems: Mapping[str, Problem]) -> None:
+        for name, problem in problems.items():
+            if not isinstance(problem, Problem) or isinstance(problem, StagedProblem):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptionError(
+                    f"Problem.by_stage takes a culpa.Problem for every stage, got a"
+                    f" {type(problem).__name__} for {name!r}."
+                )
+        models = {id(problem.model) for problem in problems.values()}
+        if len(models) != 1:
+            raise OptionError(
+                f"Problem.by_stage takes problems of one and the same module, got {len(models)}"
+                f" modules for {len(problems)} stages. Build the model once; parts that train later"
+                " can be there from the beginning."
+            )
+        first = next(iter(problems.values()))
+        graded = all(problem.example_losses for problem in problems.values())
+        super().__init__(
+            first.model,
+            _stage_unknown,
+            _stage_unknown if graded else None,
+            optimizers=tuple(dict.fromkeys(c for p in problems.values() for c in p.optimizers)),
+        )
+        self.problems = dict(problems)
+
+    def of(self, stage: str) -> Problem:
+        """The problem of a stage; raises ``ProblemError`` for a stage that has none."""
+        if stage not in self.problems:
+            raise ProblemError(
+                f"Problem.by_stage has no problem for stage {stage!r}, only for"
+                f" {', '.join(map(repr, self.problems))}."
+            )
+        return self.problems[stage]
+
+    def require_stages(self, stages: Collection[str], losses: int, complete: bool) -> None:
+        """Raise ``ProblemError`` unless every stage has a problem, and every problem a stage."""
+        for stage in stages:
+            self.of(stage)
+        unknown = [name for name in self.problems if name not in stages]
+        if unknown and complete:
+            raise ProblemError(
+                f"Problem.by_stage names the stage {unknown[0]!r}, which the run has not; its"
+                f" stages are {', '.join(map(repr, stages))}."
+            )
+
+
+def _stage_unknown(_model: nn.Module, _batch: Any) -> Tensor:
+    raise ProblemError(
+        "this problem has one loss for every stage, and no stage was named: problem.of(stage)."
+    )
+
+
+_Place = tuple[dict[str, Tensor | None], str, Tensor]
+"""Where a module holds a tensor: its dictionary, the key there, and the tensor itself."""
+
+
+def _places(model: nn.Module) -> dict[str, list[_Place]]:
+    """Everywhere the model holds each tensor, by the first name, which ``named_parameters`` gives.
+
+    Found anew for every call, since a model may change in between; ``functional_call`` does the
+    same at three times the cost, which for a small network was a tenth of a gradient.
+    """
+    found: dict[str, list[_Place]] = {}
+    first: dict[int, str] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        seen.add(id(module))
+        for held in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
+            for key, tensor in held.items():
+                if tensor is not None:
+                    name = first.setdefault(id(tensor), prefix + key)
+                    found.setdefault(name, []).append((held, key, tensor))
+        for key, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]
+            if child is not None and id(child) not in seen:
+                walk(child, f"{prefix}{key}.")
+
+    walk(model, "")
+    return found
+
+
+@contextmanager
+def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[None]:
+    """The model with these tensors in place of its own, wherever one is shared, for the time."""
+    places, before = _places(model), list[_Place]()
+    try:
+        for name, tensor in tensors.items():
+            if name not in places:
+                raise ProblemError(
+                    f"the model has no parameter or buffer {name!r}, which it had when this was"
+                    " recorded. Build it as the training script did."
+                )
+            for place in places[name]:
+                held, key, _ = place
+                before.append(place)
+                held[key] = tensor
+        yield
+    finally:
+        for held, key, own in before:
+            held[key] = own
 
 
 def check_loss(value: Any) -> Tensor:

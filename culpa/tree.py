@@ -40,14 +40,18 @@ def map_values(function: Callable[[Tensor], Tensor], tree: Mapping[str, Tensor])
 
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
     """a + b."""
+    if a.keys() == b.keys():
+        return {name: value + b[name] for name, value in a.items()}
     both = {name: a[name] + b[name] for name in a if name in b}
     return {**b, **a, **both}
 
 
 def subtract(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
     """a - b."""
+    if a.keys() == b.keys():
+        return {name: value - b[name] for name, value in a.items()}
     both = {name: a[name] - b[name] for name in a if name in b}
-    return {**scale(-1.0, b), **a, **both}
+    return {**{name: -b[name] for name in b if name not in a}, **a, **both}
 
 
 def scale(factor: float, tree: Mapping[str, Tensor]) -> Tree:
@@ -65,8 +69,8 @@ def _flat(value: Tensor) -> Tensor:
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
-    """Euclidean norm, accumulated in float64."""
-    return math.sqrt(max(0.0, dot(tree, tree)))
+    """Euclidean norm, accumulated in float64; nan if anything is."""
+    return math.sqrt(max(dot(tree, tree), 0.0))
 
 
 def is_finite(tree: Mapping[str, Tensor]) -> bool:

@@ -31,6 +31,7 @@ def test_the_main_example_stays_short() -> None:
 
 def run(program: str, folder: Path) -> str:
     """What a program prints, in a process of its own."""
+    folder.mkdir(exist_ok=True)
     # A warning here is a warning in front of every new user, so it is an error; only
     # DeprecationWarnings of imported modules (torch's of torch.jit) does Python itself hide.
     warnings = ["-W", "error", "-W", "ignore::DeprecationWarning"]
@@ -69,10 +70,14 @@ def test_the_examples_print_what_the_readme_says(tmp_path: Path) -> None:
 
 def test_at_a_larger_learning_rate_the_first_stage_is_not_identified(tmp_path: Path) -> None:
     example = BLOCKS[0].replace("lr=0.02", "lr=0.2")
-    assert example != BLOCKS[0]
-    row = next(line for line in run(example, tmp_path).splitlines() if line.startswith("| clean"))
+    unproved = example.replace("(x, y))])", "(x, y))], budget=0)")
+    assert len({BLOCKS[0], example, unproved}) == 3
+    row, proved = (
+        next(line for line in run(text, tmp_path / str(at)).splitlines() if line[:7] == "| clean")
+        for at, text in enumerate((unproved, example))
+    )
     sentence = next(line for line in README.splitlines() if "learning rate of 0.2" in line)
-    _, estimate, truth = re.findall(r"[+-][\d.]+", row)
+    (_, estimate), (_, truth) = (re.findall(r"[+-]\d[\d.]*", line) for line in (row, proved))
     said = re.findall(r"[+-]\d[\d.]*\d", sentence.partition("estimated effect is")[2])
     assert [float(x) for x in said] == pytest.approx([float(estimate), float(truth)], rel=0.05)
     assert "not identified" in row

@@ -1,32 +1,47 @@
-"""Gradient clipping by global norm, as ``torch.nn.utils.clip_grad_norm_``, and its derivative.
+"""Gradient clipping as ``torch.nn.utils`` does it, and its derivative.
 
-g' = c g with c = min(1, m / (||g|| + 1e-6)). Where it clips, the derivative along d is
-c d - g (g . d) c^2 / (m ||g||), a symmetric map: one function serves both directions.
+By global norm (``clip_grad_norm_``): g' = c g with c = min(1, m / (||g|| + 1e-6)). Where it clips,
+the derivative along d is c d - g (g . d) c^2 / (m ||g||).
+
+By value (``clip_grad_value_``): every entry is brought into [-m, m]; the derivative keeps the
+entries of d where it was inside, and is zero where it was cut. (At exactly +-m, where there is no
+derivative, the entry is kept.)
+
+Both derivatives are symmetric maps: one function serves both directions.
 """
 
 from __future__ import annotations
 
+import torch
+
 from culpa import tree
+from culpa.trajectory.schema import StepRecord
 from culpa.tree import Tree
 
 EPSILON = 1e-6
 """torch's own."""
 
 
-def clip(grads: Tree, max_norm: float | None) -> Tree:
-    """The clipped gradients; ``None`` clips nothing."""
-    if max_norm is None:
+def clip(grads: Tree, record: StepRecord) -> Tree:
+    """The gradients of an update, clipped as its loop did."""
+    if record.clip_grad_value is not None:
+        bound = record.clip_grad_value
+        return tree.map_values(lambda g: g.clamp(-bound, bound), grads)
+    if record.clip_grad_norm is None:
         return grads
-    factor = max_norm / (tree.norm(grads) + EPSILON)
+    factor = record.clip_grad_norm / (tree.norm(grads) + EPSILON)
     return grads if factor >= 1.0 else tree.scale(factor, grads)
 
 
-def derivative(grads: Tree, max_norm: float | None, direction: Tree) -> Tree:
+def derivative(grads: Tree, record: StepRecord, direction: Tree) -> Tree:
     """The derivative of ``clip`` at ``grads`` applied to ``direction`` (its own transpose)."""
-    if max_norm is None:
+    if record.clip_grad_value is not None:
+        bound = record.clip_grad_value
+        return {n: torch.where(grads[n].abs() <= bound, d, 0.0) for n, d in direction.items()}
+    if record.clip_grad_norm is None:
         return direction
     size = tree.norm(grads)
-    factor = max_norm / (size + EPSILON)
+    factor = record.clip_grad_norm / (size + EPSILON)
     if factor >= 1.0:
         return direction
     along = tree.dot(grads, direction) * factor / (size * (size + EPSILON))

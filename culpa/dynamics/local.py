@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from culpa import tree
 from culpa.errors import UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import batches, rng
@@ -17,34 +20,78 @@ from culpa.trajectory.engine import set_modes
 from culpa.trajectory.walk import Transition
 from culpa.tree import Tree
 
+Made = TypeVar("Made")
+
 
 class LocalLoss:
     """L(theta; B_k), with the batch, weights, modes and random draws of update k held fixed.
 
-    ``params`` are the parameters theta_k that had a gradient; products and differences are over
-    exactly those.
+    ``params`` are the parameters of theta_k in which a counterfactual may differ: those that had a
+    gradient first, then those that stood still but trained before. Products and differences are
+    over exactly those. ``observed``: whether ``grads`` is the gradient at ``params``, as it is but
+    for ``on_rows`` and ``around``.
     """
 
-    def __init__(self, problem: Problem, transition: Transition) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, transition: Transition, observed: bool = True) -> None:
+        self.problem = problem.of(transition.record.stage)
         self.transition = transition
+        self.observed = observed
         self.grads = transition.grads
-        self.params: Tree = {name: transition.before.params[name] for name in transition.grads}
+        for name, grad in self.grads.items():
+            if grad.layout is not torch.strided:
+                raise UnsupportedError(
+                    f"update {transition.index} has a sparse gradient by {name}, which no sweep"
+                    " carries. Build the layer with sparse=False; culpa.replay works as it is."
+                )
+        before = transition.before.params
+        still = [
+            n
+            for n, value in before.items()
+            if n not in self.grads
+            and n not in transition.untouched
+            and value.is_floating_point()  # integers have no derivative, and stand still for ever
+        ]
+        self.params: Tree = {name: before[name] for name in (*self.grads, *still)}
+        self._kept: dict[Hashable, Any] = {}
+        self._away: tuple[Tree, Tree] | None = None
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` returns, made at the first call: what several stages need of one update."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def away(self, displacement: Tree) -> Tree:
+        """theta_k - D: computed once for one dictionary, which propagator and optimizer share."""
+        if self._away is None or self._away[0] is not displacement:
+            self._away = displacement, tree.subtract(self.params, displacement)
+        return self._away[1]
+
+    def moving(self, whole: Tree) -> Tree:
+        """The part of a tree that this update's optimizer sees: of parameters with a gradient."""
+        return {name: whole[name] for name in self.grads}
+
+    def spread(self, vector: Tree) -> Tree:
+        """A vector with an entry for every one of ``params``, zero where it has none."""
+        return {
+            n: vector[n] if n in vector else torch.zeros_like(p) for n, p in self.params.items()
+        }
 
     def value(self, params: Tree) -> Tensor:
         """The loss of the whole update, weighted over its micro-batches; differentiable."""
+        everything, buffers = self.everything(params), self.transition.before.buffers
         losses = [
-            weight * self.problem.loss_at(self._all(params), self.transition.before.buffers, batch)
-            for weight, batch in self._micro_batches()
+            weight * self.problem.loss_at(everything, buffers, batch)
+            for weight, batch in self.micro_batches()
         ]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def example_values(self, params: Tree) -> Tensor:
         """The share of every example in the update's loss, ``[examples]``; sums to ``value``."""
         shares: list[Tensor] = []
-        for weight, batch in self._micro_batches():
+        for weight, batch in self.micro_batches():
             buffers = self.transition.before.buffers
-            losses = self.problem.example_losses_at(self._all(params), buffers, batch)
+            losses = self.problem.example_losses_at(self.everything(params), buffers, batch)
             shares.append(losses * (weight / losses.shape[0]))
         return torch.cat(shares)
 
@@ -71,24 +118,41 @@ class LocalLoss:
             )
         return counts
 
+    @property
+    def normalises_by_batch(self) -> bool:
+        """Whether a BatchNorm layer of the model was in training mode at this update."""
+        evaluating = frozenset(self.transition.record.evaluating)
+        return any(
+            isinstance(module, _BatchNorm) and name not in evaluating
+            for name, module in self.problem.model.named_modules()
+        )
+
     def on_rows(self, rows: Sequence[Sequence[int]]) -> LocalLoss:
         """The same loss on some rows of each micro-batch."""
         chosen = [
             batches.take_rows(batch, torch.tensor(index))
             for batch, index in zip(self.transition.batches, rows, strict=True)
         ]
-        return LocalLoss(self.problem, replace(self.transition, batches=chosen))
+        return LocalLoss(self.problem, replace(self.transition, batches=chosen), False)
 
     def around(self, params: Tree) -> LocalLoss:
         """The same loss with other values for the parameters that a call leaves out."""
         before = self.transition.before
         moved = replace(before, params=before.params | params)
-        return LocalLoss(self.problem, replace(self.transition, before=moved))
+        return LocalLoss(self.problem, replace(self.transition, before=moved), False)
 
-    def _all(self, params: Tree) -> Tree:
+    def with_buffers(self, buffers: Tree) -> LocalLoss:
+        """The same update from other buffers, its gradient computed there: one gradient."""
+        before = replace(self.transition.before, buffers=self.transition.before.buffers | buffers)
+        there = LocalLoss(self.problem, replace(self.transition, before=before), False)
+        grads = there.moving(there.gradient(there.params))
+        return LocalLoss(self.problem, replace(there.transition, grads=grads))
+
+    def everything(self, params: Tree) -> Tree:
+        """All parameters of the state, with ``params`` in place of the observed ones."""
         return self.transition.before.params | params
 
-    def _micro_batches(self) -> Iterator[tuple[float, object]]:
+    def micro_batches(self) -> Iterator[tuple[float, object]]:
         """Weight and batch of each micro-batch, its random numbers about to be drawn again."""
         record, batches = self.transition.record, self.transition.batches
         set_modes(self.problem.model, record.evaluating)

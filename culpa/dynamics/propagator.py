@@ -51,8 +51,10 @@ class Exact:
 
     Args:
         hvp: how products are computed: ``"reverse-over-reverse"``, ``"forward-over-reverse"``,
-            ``"finite-difference"``, or ``"auto"`` (reverse-over-reverse, cheapest for several
-            behaviours).
+            ``"reverse-over-forward"`` (equal but for rounding), ``"finite-difference"`` (central)
+            or ``"one-sided-difference"`` (with the gradient that the replay has). ``"auto"`` lets
+            ``culpa.attribute`` and ``culpa.embed`` choose by what the model supports and by what
+            they measure; they say what and why. Elsewhere it is reverse-over-reverse.
         at: for embeddings, where the curvature is taken along a displacement D: ``"observed"``
             (theta_k, the paper's), ``"midpoint"`` (theta_k - D/2, exact for cubic losses) or
             ``"gauss"`` (two Gauss points along D, exact for losses of degree five; twice the cost).

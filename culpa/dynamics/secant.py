@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from culpa import tree
 from culpa.dynamics.local import LocalLoss
 from culpa.errors import OptionError, UnsupportedError
 from culpa.tree import Tree
@@ -25,8 +24,9 @@ class Secant:
 
     Args:
         fraction: of the rows of every micro-batch, in (0, 1]. 1 is exact replay of the
-            counterfactual up to rounding; below 1 the cost is 2 ``fraction`` gradients an update.
-            The loss must then be a mean over rows.
+            counterfactual up to rounding; below 1 the cost is ``fraction`` gradients an update and
+            stage, and once more an update for all stages together. The loss must then be a mean
+            over rows: BatchNorm, which normalises by the rows at hand, is refused.
         seed: of the choice of rows.
     """
 
@@ -62,11 +62,23 @@ class Secant:
 
     def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:
         """See ``Propagator``."""
-        shifted = tree.subtract(local.params, displacement)
+        shifted = local.away(displacement)
         if self.fraction == 1:
-            return tree.subtract(local.grads, local.gradient(shifted))
+            return _less(local.grads, local.gradient(shifted))
+        sampled, observed = local.once(self, lambda: self._sampled(local))
+        return _less(observed, sampled.gradient(shifted))
+
+    def _sampled(self, local: LocalLoss) -> tuple[LocalLoss, Tree]:
+        """The loss on the rows chosen, and its gradient at theta_k: the same for every stage."""
+        if local.normalises_by_batch:
+            raise UnsupportedError(
+                f"Secant({self.fraction}) takes a fraction of each batch, and BatchNorm in training"
+                " mode would normalise by that fraction only, which is another loss. Use"
+                " culpa.Secant(1), which costs as much as a replay, or a Hessian propagator such as"
+                " culpa.Exact(at='gauss')."
+            )
         sampled = local.on_rows(self._rows(local))
-        return tree.subtract(sampled.gradient(local.params), sampled.gradient(shifted))
+        return sampled, sampled.gradient(local.params)
 
     def _rows(self, local: LocalLoss) -> list[list[int]]:
         """The rows of each micro-batch, the same for every stage and every repetition."""
@@ -77,3 +89,13 @@ class Secant:
             order = torch.randperm(count, generator=generator)[:wanted]
             chosen.append(sorted(order.tolist()))
         return chosen
+
+
+def _less(observed: Tree, found: Tree) -> Tree:
+    """``observed - found``, written into ``found``, which nobody else holds."""
+    for name, value in found.items():
+        if name in observed:
+            torch.sub(observed[name], value, out=value)
+        else:
+            value.neg_()
+    return found

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from culpa import tree
 from culpa.behaviour import Behaviour, evaluation_mode
-from culpa.dynamics import updates
+from culpa.dynamics import choice as choices
+from culpa.dynamics import statistics
 from culpa.dynamics.local import differentiable_twice
 from culpa.dynamics.propagator import Exact, Propagator
-from culpa.dynamics.updates import rule_for
-from culpa.errors import OptionError
-from culpa.estimators.effects import direct_effect, refuse_running_statistics, slots_dot
+from culpa.dynamics.running import floating
+from culpa.dynamics.structured import GaussNewton
+from culpa.dynamics.updates import Rules
+from culpa.errors import OptionError, UnsupportedError
+from culpa.estimators.effects import running_statistics
+from culpa.estimators.smoothing import Smoothing, Trajectory, summarise
 from culpa.estimators.sweep import Adjoint, Sweep
 from culpa.estimators.trust import Trust
 from culpa.problem import Problem
@@ -25,6 +29,9 @@ from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
 from culpa.trajectory.walk import backward, session
 from culpa.tree import Tree
+
+COUNTERFACTUAL = "counterfactual effect of the example's gradient"
+PATH_SUM = "path sum without propagation (detects, does not predict)"
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,12 @@ class Scores:
         behaviours, propagator, counterfactual: what the numbers are about.
         claim: ``"bitwise"``, or the drift of the replay that the sweep linearised; see
             ``culpa.replay(allow_drift=True)``.
-        fallback: where no propagator was named and the exact sweep stopped being reliable: this
-            update and all before it were passed with Gauss-Newton products.
+        fallback: where no propagator was named and the exact sweep stopped being reliable:
+            all updates before this one were passed with Gauss-Newton products.
+        strategy: how the propagator's products were computed, why, and what was measured.
+        spread: float64 ``[num_steps, num_behaviours]``: with smoothing, how far the scores along
+            one trajectory typically are from ``steps``, as a standard deviation; else ``None``.
+            ``trust``, ``singular`` and ``fallback`` are those of the observed trajectory.
     """
 
     steps: Float64[Tensor, "updates behaviours"]
@@ -56,6 +67,13 @@ class Scores:
     fallback: int | None
     counterfactual: str
     claim: str = "bitwise"
+    strategy: str = ""
+    spread: Float64[Tensor, "updates behaviours"] | None = None
+
+    @property
+    def meaning(self) -> str:
+        """Which of two questions the scores answer: ``COUNTERFACTUAL`` or ``PATH_SUM``."""
+        return COUNTERFACTUAL if self.propagator.moves else PATH_SUM
 
 
 def attribute(
@@ -66,13 +84,15 @@ def attribute(
     propagator: Propagator | None = None,
     counterfactual: str = "skip",
     examples: bool = False,
+    smoothing: Smoothing | None = None,
     allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every update, and so every stage, for each behaviour (Estimators 4.1 to 4.3).
 
     One reverse sweep p <- M_k^T p from the gradient of the behaviour at the final parameters; the
-    score of update t is <p_{t+1}, s_{t+1} - s_t>.
+    score of update t is <p_{t+1}, s_{t+1} - s_t>. The running statistics of normalisation layers
+    are part of the state s and of p.
 
     Args:
         run: the recorded run.
@@ -82,18 +102,26 @@ def attribute(
             products stop being reliable ``GaussNewton()``; ``Scores.fallback`` says where.
         counterfactual: what "without the update" means; see ``culpa.replay``.
         examples: also score every distinct training example. Needs ``problem.example_losses``.
+            Two questions are not to be confused. What would the model do had the example's gradient
+            not been there? That is what a propagator answers. Which examples carry a pattern, such
+            as poison? ``propagator=Identity()`` finds them better (docs/results/poison.md), and its
+            scores predict worse what removal does. ``Scores.meaning`` says which it was. Cost:
+            little with exact products, which share their derivatives; else a gradient an update.
+        smoothing: score along perturbed trajectories as well, such as ``culpa.Smoothing()``, for
+            runs whose sweep explodes (growth beyond 40, or scores graded "not identified").
         allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
         progress: see ``culpa.progress``.
 
     Returns:
         Scores with their trust. Cost: one replay of the run and, per update, about 1.5 + Q
-        gradients for Q behaviours, and at 16 updates three more for the trust. Memory: Q adjoints
-        and O(sqrt(K)) states.
+        gradients for Q behaviours, and at 16 updates three more for the trust; with smoothing the
+        same for each further trajectory, and one replay more. Memory: Q adjoints and O(sqrt(K))
+        states.
 
     Raises:
         BehaviourError: if a behaviour does not return one finite number per test point.
-        UnsupportedError: for an optimizer without a differentiable rule, for changing running
-            statistics, and for models without second derivatives.
+        UnsupportedError: for an optimizer without a differentiable rule, for changing buffers other
+            than running statistics, and for models without second derivatives.
         IntegrityError: if an update does not reproduce.
     """
     check_counterfactual(counterfactual)
@@ -104,65 +132,98 @@ def attribute(
             "examples=True needs Problem(model, loss, example_losses=...): a function (model,"
             " batch) -> [B] whose mean is the loss."
         )
-    refuse_running_statistics(run, "culpa.attribute")
+    running = running_statistics(run, problem)
+    rules = Rules(problem.optimizers)
     for k in _optimizer_changes(run):
-        rule_for(run.step(k).optimizer.name)
-    final, buffers = run.final_state(), run.final_buffers()
-    trained = run.state(run.num_steps).params.keys()
-    count, width = run.num_steps, len(behaviours)
-    steps = torch.zeros(count, width, dtype=torch.float64)
-    by_example = torch.zeros(run.num_examples, width, dtype=torch.float64) if examples else None
-    trust: list[Trust] = []
-    singular = 0
-    watch = progress or Silent()
-    watch.start("attribute", count)
+        rules.require_differentiable(run.step(k).groups)
+    watch, perturbed = progress or Silent(), smoothing.trajectories if smoothing else 0
+    watch.start("attribute", run.num_steps * (1 + perturbed))
     try:
         with session(run, problem, allow_drift) as engine:
-            adjoints = [
-                Adjoint(gradient_of(problem, b, final, buffers, trained)) for b in behaviours
-            ]
-            sweep = Sweep(problem, adjoints, propagator, count)
-            for transition in backward(run, engine):
-                k, rule = transition.index, rule_for(transition.record.optimizer.name)
-                moved, slots = direct_effect(rule, transition, counterfactual)
-                for q, p in enumerate(adjoints):
-                    steps[k, q] = tree.dot(p.params, moved) + slots_dot(p.slots, slots)
-                trust.append(sweep.trust(rule, transition, moved))
-                singular += updates.singular(rule, transition.after.slots, transition.grads)
-                sweep.pull(rule, transition, by_example, run.example_ids(k))
-                watch.advance()
+            ended = run.final_state(), run.final_buffers()
+            adjoints = _adjoints(run, problem, behaviours, ended, running)
+            choice = choices.settle(
+                propagator or Exact(),
+                choices.surveyed(run, engine, problem, 0),
+                [p.params for p in adjoints],
+                length=run.num_steps,
+                fallback=GaussNewton() if propagator is None else None,
+            )
+            exact, again = choice.propagator, [copy(choice) for _ in range(perturbed)]
+            asked = run, rules, counterfactual, examples, watch
+            sweep = Sweep(problem, adjoints, choice, run.num_steps, running)
+            observed = sweep.along(backward(run, engine), *asked)
+            swept = [observed]
+            starts = smoothing.starts(run) if smoothing else iter(())
+            for start, its_choice in zip(starts, again, strict=True):
+                path = Trajectory(run, engine, start)
+                ended = run.frozen_parameters() | path.final.params, path.final.buffers
+                adjoints = _adjoints(run, problem, behaviours, ended, running)
+                sweep = Sweep(problem, adjoints, its_choice, run.num_steps, running)
+                swept.append(sweep.along(path.backward(), *asked))
     finally:
         watch.finish()
+    steps, by_example, spread = observed.steps, observed.examples, None
+    if perturbed:
+        steps, spread = summarise(torch.stack([one.steps for one in swept]))
+        parts = [one.examples for one in swept if one.examples is not None]
+        by_example = summarise(torch.stack(parts))[0] if parts else None
     stages = (
         torch.stack([steps[s.start : s.stop].sum(0) for s in run.stages])
         if run.stages
         else steps[:0]
     )
-    names = tuple(b.name for b in behaviours)
-    trusts = tuple(reversed(trust))
-    used = propagator or Exact()
     return Scores(
         steps,
         stages,
         by_example,
-        trusts,
-        singular,
-        names,
-        used,
-        sweep.fallback,
+        observed.trust,
+        observed.singular,
+        tuple(b.name for b in behaviours),
+        exact,
+        observed.fallback,
         counterfactual,
         engine.fidelity.claim,
+        choice.reason,
+        spread,
     )
 
 
-def gradient_of(
-    problem: Problem, behaviour: Behaviour, params: Tree, buffers: Tree, names: Collection[str]
-) -> Tree:
-    """The gradient of the behaviour's mean with respect to the parameters in ``names``."""
-    leaves = {name: params[name].detach().requires_grad_() for name in names}
+def _adjoints(
+    run: Run,
+    problem: Problem,
+    behaviours: Sequence[Behaviour],
+    ended: tuple[Tree, Tree],
+    running: Sequence[str],
+) -> list[Adjoint]:
+    """p_K of every behaviour, for a trajectory that ended with these parameters and buffers."""
+    trained = run.state(run.num_steps).params.keys()
+    found = [gradients_of(problem, b, *ended, trained, running) for b in behaviours]
+    return [Adjoint(slope, statistics=moving) for slope, moving in found]
+
+
+def gradients_of(
+    problem: Problem,
+    behaviour: Behaviour,
+    params: Tree,
+    buffers: Tree,
+    names: Collection[str],
+    running: Collection[str] = (),
+) -> tuple[Tree, Tree]:
+    """The gradients of the behaviour's mean by the parameters and the statistics of these names.
+
+    Of ``running`` only the floating-point buffers have one.
+    """
+    trained = floating({name: params[name] for name in names})  # integers stand still
+    leaves = {name: value.detach().requires_grad_() for name, value in trained.items()}
+    moving = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in floating({name: buffers[name] for name in running}).items()
+    }
     with evaluation_mode(problem.model), torch.enable_grad(), differentiable_twice():
+        everything = params | leaves, buffers | moving
         values = behaviour.checked(
-            problem.call_at(behaviour.function, params | leaves, buffers, behaviour.batch)
+            statistics.evaluate(problem, behaviour.function, *everything, behaviour.batch)
         )
         if not values.requires_grad:
             raise OptionError(
@@ -170,10 +231,28 @@ def gradient_of(
                 " no first-order scores. Use StageEmbeddings.effect or culpa.replay, which only"
                 " evaluate it."
             )
+        inputs = [*leaves.values(), *moving.values()]
         found = torch.autograd.grad(
-            values.mean(), list(leaves.values()), allow_unused=True, materialize_grads=True
+            values.mean(), inputs, allow_unused=True, materialize_grads=True
         )
-    return dict(zip(names, found, strict=True))
+    for name, slope in zip((*leaves, *moving), found, strict=True):
+        if slope.layout is not torch.strided:
+            raise UnsupportedError(
+                f"the gradient of behaviour {behaviour.name!r} by {name} is sparse, which no sweep"
+                " carries. Build the layer with sparse=False; culpa.replay works as it is."
+            )
+    count = len(leaves)
+    return (
+        dict(zip(leaves, found[:count], strict=True)),
+        dict(zip(moving, found[count:], strict=True)),
+    )
+
+
+def gradient_of(
+    problem: Problem, behaviour: Behaviour, params: Tree, buffers: Tree, names: Collection[str]
+) -> Tree:
+    """The gradient of the behaviour's mean with respect to the parameters in ``names``."""
+    return gradients_of(problem, behaviour, params, buffers, names)[0]
 
 
 def _optimizer_changes(run: Run) -> list[int]:

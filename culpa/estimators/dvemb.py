@@ -38,6 +38,7 @@ from culpa.estimators.adjoint import gradient_of
 from culpa.estimators.effects import refuse_running_statistics
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
+from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import StepRecord
 from culpa.trajectory.walk import backward, session
@@ -61,12 +62,14 @@ class DVEmbScores:
         examples: float64 ``[num_distinct_training_examples, num_behaviours]``: sums over all
             updates that used the example.
         behaviours: what the columns are about.
+        claim: ``"bitwise"``, or the drift of the replay; see ``culpa.replay(allow_drift=True)``.
     """
 
     steps: Float64[Tensor, "updates behaviours"]
     stages: Float64[Tensor, "stages behaviours"]
     examples: Float64[Tensor, "examples behaviours"]
     behaviours: tuple[str, ...]
+    claim: str = BITWISE
 
 
 def dvemb(
@@ -74,6 +77,7 @@ def dvemb(
     problem: Problem,
     behaviours: Sequence[Behaviour],
     *,
+    allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> DVEmbScores:
     """Score updates, stages and examples by DVEmb: a baseline, not culpa's own estimate.
@@ -88,6 +92,7 @@ def dvemb(
         problem: the problem it was recorded with, with ``example_losses``; its model is borrowed
             and left as it was.
         behaviours: differentiable in the parameters.
+        allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
         progress: see ``culpa.progress``.
 
     Returns:
@@ -98,6 +103,7 @@ def dvemb(
         OptionError: without behaviours or without ``example_losses``.
         UnsupportedError: for an optimizer other than SGD, and for changing running statistics.
         ProblemError: if the mean of the example losses is not the recorded loss.
+        EnvironmentDifference: if a replay here need not be bitwise.
         IntegrityError: if an update does not reproduce.
     """
     if isinstance(behaviours, Behaviour) or not behaviours:
@@ -117,7 +123,7 @@ def dvemb(
     watch = progress or Silent()
     watch.start("dvemb", run.num_steps)
     try:
-        with session(run, problem) as engine:
+        with session(run, problem, allow_drift) as engine:
             adjoints = [gradient_of(problem, b, final, buffers, trained) for b in behaviours]
             for transition in backward(run, engine):
                 k, record = transition.index, transition.record
@@ -130,7 +136,8 @@ def dvemb(
         watch.finish()
     rows = [steps[s.start : s.stop].sum(0) for s in run.stages]
     stages = torch.stack(rows) if rows else steps[:0]
-    return DVEmbScores(steps, stages, examples, tuple(b.name for b in behaviours))
+    names = tuple(b.name for b in behaviours)
+    return DVEmbScores(steps, stages, examples, names, engine.fidelity.claim)
 
 
 def _pull(
@@ -145,7 +152,7 @@ def _pull(
         _check(local, shares.detach(), len(weights))
         weights = weights.to(shares)
         for q, p in enumerate(adjoints):
-            moved = {name: rates[name] * p[name] for name in local.params}
+            moved = {name: rates.get(name, 0.0) * p[name] for name in local.params}
             # w_i g_i . eta p, and with it F eta p = sum_i g_i (w_i g_i . eta p).
             along = torch.func.jvp(local.example_values, (local.params,), (moved,))[1].detach()
             cotangent = torch.where(weights != 0, along / weights, 0.0)
@@ -166,9 +173,9 @@ def _rates(record: StepRecord) -> dict[str, float]:
 
 def _weights(record: StepRecord) -> Tensor:
     """w_i of every example of the update: its micro-batch's weight over its size, float64."""
-    count = len(record.micro_batches)
+    count = len(record.contributing)
     shares = record.weights or (1 / count,) * count
-    sizes = [len(micro.rows) for micro in record.micro_batches]
+    sizes = [len(micro.rows) for micro in record.contributing]
     return torch.cat(
         [
             torch.full((size,), share / size, dtype=torch.float64)

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from culpa import tree
+from culpa.dynamics import choice as choices
 from culpa.dynamics.local import LocalLoss
 from culpa.dynamics.propagator import Exact, Propagator
-from culpa.dynamics.updates import rule_for
-from culpa.errors import OptionError, StageError, UnsupportedError
-from culpa.estimators.effects import refuse_running_statistics
+from culpa.dynamics.secant import Secant
+from culpa.dynamics.updates import Rules
+from culpa.errors import OptionError, StageError
+from culpa.estimators import second_order
+from culpa.estimators.by_replay import REPLAYED_UP_TO, embed_by_replay
+from culpa.estimators.effects import running_statistics
 from culpa.estimators.embedding import StageEmbeddings, StageTrust
 from culpa.estimators.from_checkpoints.embed import embed_checkpoints
 from culpa.estimators.from_checkpoints.run import CheckpointRun
-from culpa.estimators.tangent import FORMS, Additive, Carried, probes
-from culpa.estimators.trust import DOUBTFUL, TRUSTED, grade_stage
+from culpa.estimators.remainder import probes
+from culpa.estimators.tangent import FORMS, Additive, Carried
+from culpa.estimators.trust import DOUBTFUL, NOT_IDENTIFIED, TRUSTED, grade_stage
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
+from culpa.trajectory.schema import Stage
 from culpa.trajectory.walk import forward, session
 
 
@@ -27,6 +33,7 @@ def embed(
     problem: Problem,
     *,
     stages: Sequence[str] | None = None,
+    updates: Sequence[int] = (),
     propagator: Propagator | None = None,
     form: str = "block",
     order: int = 1,
@@ -40,14 +47,20 @@ def embed(
         run: the recorded run. One of ``culpa.from_checkpoints`` goes to ``embed_checkpoints``,
             which says what is different there.
         problem: the problem it was recorded with; its model is borrowed and left as it was.
-        stages: names; default all.
-        propagator: default ``Exact(at="gauss")``: at practical learning rates the paper's
+        stages: names; default all, or none where ``updates`` are given.
+        updates: single updates to embed as well, by index: ``emb["update 7"]``.
+        propagator: default, where ``stages`` or ``updates`` name no more than two: none, they are
+            replayed exactly, which costs less than any sweep (``facts["strategy"]`` says so). Else
+            ``Exact(at="gauss")``: at practical learning rates the paper's
             curvature, at the observed parameters, is the largest source of error. ``Secant(0.25)``
             costs a tenth of it; ``Secant(1)`` a fifth, and is exact: retraining without each
             stage, side by side.
         form: ``"block"`` (the paper's Appendix B; more accurate and cheaper) or ``"additive"``
             (Estimator 4.3).
-        order: 1.
+        order: 1; or 2, with the second-order terms of the update map in D (third derivatives of
+            the loss, all of the optimizer's), and of the behaviour in ``score``. At the observed
+            parameters, ``Exact()``; it helps while D is small and diverges where it is not, which
+            the midpoint and Gauss points do not (docs/results/order2.md).
         counterfactual, allow_drift: see ``culpa.replay``; ``facts["claim"]`` is the outcome.
         progress: see ``culpa.progress``.
 
@@ -58,8 +71,8 @@ def embed(
 
     Raises:
         StageError: an unknown stage, or none at all.
-        UnsupportedError: for an optimizer without a differentiable rule, for changing running
-            statistics, for models without second derivatives, and for ``order=2``.
+        UnsupportedError: for an optimizer without a differentiable rule, for changing buffers other
+            than running statistics, for a propagator or an order that the model cannot support.
     """
     if isinstance(run, CheckpointRun):
         return embed_checkpoints(
@@ -75,29 +88,48 @@ def embed(
     check_counterfactual(counterfactual)
     if form not in FORMS:
         raise OptionError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
-    if order != 1:
-        raise UnsupportedError(f"order={order!r}: this version has first-order embeddings only.")
-    wanted = run.stages if stages is None else [run.stage(n) for n in dict.fromkeys(stages)]
+    propagator = second_order.first_propagator(propagator, form, order)
+    wanted = _wanted(run, stages, updates)
     if not wanted:
         raise StageError(
             f"no stage to embed: {run.path} has {len(run.stages)} and stages={stages!r}."
         )
-    refuse_running_statistics(run, "culpa.embed")
+    if propagator is None and form == "block" and len(wanted) <= REPLAYED_UP_TO:
+        return embed_by_replay(
+            run,
+            problem,
+            wanted,
+            counterfactual=counterfactual,
+            allow_drift=allow_drift,
+            progress=progress,
+        )
+    running = running_statistics(run, problem)
     wanted, chosen = sorted(wanted, key=lambda s: s.start), propagator or Exact(at="gauss")
     first, watch = wanted[0].start, progress or Silent()
-    carried = [FORMS[form](s, counterfactual) for s in wanted]
+    rules = Rules(problem.optimizers)
+    if chosen.moves and not isinstance(chosen, Secant):
+        for stage in run.stages:
+            rules.require_differentiable(run.step(stage.start).groups)
+    carried = [FORMS[form](s, counterfactual, running) for s in wanted]
     where = probes(wanted, run.num_steps)
     watch.start("embed", run.num_steps - first)
     try:
         with session(run, problem, allow_drift) as engine:
+            carrying = min(s.stop if form == "block" else s.start + 1 for s in wanted)
+            length = run.num_steps - carrying
+            surveyed = choices.surveyed(run, engine, problem, carrying) if length else []
+            choice = choices.settle(chosen, surveyed, [], length=length, along=form == "block")
+            if order == 2:
+                choice = second_order.second(choice, surveyed)
             for transition in forward(run, engine, first, run.num_steps):
-                rule, local = (
-                    rule_for(transition.record.optimizer.name),
-                    LocalLoss(problem, transition),
-                )
+                local = LocalLoss(problem, transition)
                 for one in carried:
                     one.advance(
-                        rule, transition, local, chosen, transition.index in where[one.stage.name]
+                        rules,
+                        transition,
+                        local,
+                        choice.propagator,
+                        transition.index in where[one.stage.name],
                     )
                 watch.advance()
     finally:
@@ -108,23 +140,40 @@ def embed(
     facts = {
         "form": form,
         "order": str(order),
-        "propagator": repr(chosen),
+        "propagator": repr(choice.propagator),
+        "strategy": choice.reason,
         "counterfactual": counterfactual,
         "root_digest": run.root_digest,
         "claim": engine.fidelity.claim,
     }
     displacements = {one.stage.name: one.displacement for one in carried}
-    return StageEmbeddings(wanted, displacements, trust, final, run.final_buffers(), facts, problem)
+    statistics = {one.stage.name: one.statistics for one in carried}
+    return StageEmbeddings(
+        wanted, displacements, trust, final, run.final_buffers(), facts, problem, statistics
+    )
+
+
+def _wanted(run: Run, stages: Sequence[str] | None, updates: Sequence[int]) -> Sequence[Stage]:
+    """The stages asked for, single updates among them as stages of one."""
+    for k in updates:
+        if not 0 <= k < run.num_steps:
+            raise StageError(
+                f"there is no update {k} in {run.path}: it has {run.num_steps}, from 0."
+            )
+    names = (s.name for s in run.stages) if stages is None and not updates else stages or ()
+    single = [Stage(f"update {k}", k, k + 1) for k in dict.fromkeys(updates)]
+    return [*(run.stage(name) for name in dict.fromkeys(names)), *single]
 
 
 def _trust(one: Carried, num_steps: int, size: float) -> StageTrust:
-    """The residual: the mean of the sampled remainders, times the updates it stands for, over D."""
+    """The residual is the error that the remainders measured add up to, relative to D."""
     now, after = tree.norm(one.displacement), num_steps - one.stage.stop
     growth = now / one.at_stage_end if one.at_stage_end > 0.0 else 1.0
-    error = tree.norm(one.remainders) * after / one.probed if one.probed else float("nan")
+    error = one.error(after)
     residual = error / now if now > 0.0 else error
     relative = now / size if size > 0.0 else float("inf")
-    grade = grade_stage(growth, residual)
+    diverged = not tree.is_finite(one.displacement)
+    grade = NOT_IDENTIFIED if diverged else grade_stage(growth, residual)
     if isinstance(one, Additive) and grade == TRUSTED:
         grade = DOUBTFUL  # that the stage's updates add up is assumed, and not measured
     return StageTrust(relative, growth, residual, grade)

@@ -2,7 +2,8 @@
 
 A layer is a module that holds parameters itself; its name is what its parameters' names begin
 with (``blocks.0.mlp`` for ``blocks.0.mlp.weight``). A parameter of the outermost module is a layer
-of its own. With D_l the part of a stage's displacement D that lies in layer l:
+of its own. Running statistics belong to the layer that keeps them. With D_l the part of a stage's
+displacement D that lies in layer l:
 
     first order          grad gamma(theta_K) . D_l, which sums to the AA-Score by linearity;
     the whole effect     sum over l of  integral_0^1 grad gamma(theta_K - (1 - a) D) . D_l da
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from culpa import tree
 from culpa.behaviour import Behaviour
+from culpa.dynamics.running import floating
 from culpa.errors import OptionError
-from culpa.estimators.adjoint import gradient_of
+from culpa.estimators.adjoint import gradients_of
 from culpa.estimators.embedding import StageEmbeddings
 from culpa.problem import Problem
 from culpa.trajectory import rng
@@ -79,9 +81,10 @@ def by_layer(
         OptionError: for embeddings loaded without a problem, or a behaviour without a gradient.
     """
     names = _names(embeddings)
-    gradient = _gradient(embeddings, behaviour, {name: embeddings.final[name] for name in names})
+    final = embeddings.final | embeddings.buffers
+    gradient = _gradient(embeddings, behaviour, {name: final[name] for name in names})
     split = {layer: torch.zeros(len(embeddings), dtype=torch.float64) for layer in _layers(names)}
-    for at, displacement in enumerate(embeddings.values()):
+    for at, displacement in enumerate(_displacements(embeddings)):
         _add(split, at, gradient, displacement, 1.0)
     return split
 
@@ -110,8 +113,9 @@ def effect_by_layer(
         for layer in _layers(_names(embeddings))
     }
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    for at, displacement in enumerate(embeddings.values()):
-        end = {name: embeddings.final[name] for name in displacement}
+    final = embeddings.final | embeddings.buffers
+    for at, displacement in enumerate(_displacements(embeddings)):
+        end = {name: final[name] for name in displacement}
         for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
             back = 0.5 * (1.0 - node)  # [-1, 1] to the share of D that is taken away
             where = tree.subtract(end, tree.scale(back, displacement))
@@ -123,9 +127,19 @@ def effect_by_layer(
 
 def _gradient(embeddings: StageEmbeddings, behaviour: Behaviour, where: Tree) -> Tree:
     """The gradient of the behaviour's mean at ``where`` with respect to the names in it."""
-    params = embeddings.final | where
+    params = {name: where.get(name, value) for name, value in embeddings.final.items()}
+    buffers = {name: where.get(name, value) for name, value in embeddings.buffers.items()}
+    names, running = where.keys() & params.keys(), where.keys() & buffers.keys()
     with rng.preserved():
-        return gradient_of(_problem(embeddings), behaviour, params, embeddings.buffers, where)
+        slopes, moving = gradients_of(
+            _problem(embeddings), behaviour, params, buffers, names, running
+        )
+    return slopes | moving
+
+
+def _displacements(embeddings: StageEmbeddings) -> list[Tree]:
+    """Of every stage, the displacement of parameters and running statistics."""
+    return [embeddings[s] | floating(embeddings.statistics[s]) for s in embeddings]
 
 
 def _add(
@@ -138,9 +152,11 @@ def _add(
 
 
 def _names(embeddings: StageEmbeddings) -> list[str]:
-    """Every parameter that some stage moved, in the model's order."""
-    moved = {name for displacement in embeddings.values() for name in displacement}
-    return [name for name, _ in _problem(embeddings).model.named_parameters() if name in moved]
+    """Every parameter and running statistic that some stage moved, in the model's order."""
+    moved = {name for displacement in _displacements(embeddings) for name in displacement}
+    model = _problem(embeddings).model
+    ordered = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return [name for name in ordered if name in moved]
 
 
 def _layers(names: list[str]) -> list[str]:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from culpa import tree
-from culpa.dynamics import updates
+from culpa.dynamics import examples, statistics, updates
+from culpa.dynamics.choice import Choice
 from culpa.dynamics.clip import clip
 from culpa.dynamics.clip import derivative as clip_derivative
 from culpa.dynamics.curvature import hessian
-from culpa.dynamics.local import LocalLoss, differentiable_twice
-from culpa.dynamics.propagator import Exact, Propagator
-from culpa.dynamics.structured import GaussNewton
-from culpa.dynamics.updates import Rule
-from culpa.errors import UnsupportedError
-from culpa.estimators.effects import mismatch
+from culpa.dynamics.local import LocalLoss
+from culpa.dynamics.updates import Rules
+from culpa.estimators.effects import direct_effect, mismatch, slots_dot, statistics_made
 from culpa.estimators.trust import GROWTH_DOUBTFUL, UPDATE_DOUBTFUL, Trust, grade_update
 from culpa.problem import Problem
+from culpa.progress import Progress
+from culpa.trajectory.run import Run
 from culpa.trajectory.walk import Transition
 from culpa.tree import Slots, Tree
 
@@ -36,6 +36,7 @@ class Adjoint:
 
     params: Tree
     slots: Slots = field(default_factory=dict[str, dict[str, Tensor]])
+    statistics: Tree = field(default_factory=dict[str, Tensor])
     initial: float = 0.0
 
     def __post_init__(self) -> None:
@@ -48,36 +49,84 @@ class Adjoint:
         return tree.norm(self.params) / self.initial if self.initial > 0.0 else 1.0
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What one sweep along one trajectory found; see ``Scores``."""
+
+    steps: Tensor
+    examples: Tensor | None
+    trust: tuple[Trust, ...]
+    singular: int
+    fallback: int | None
+
+
 class Sweep:
     """Carries the adjoints backwards, update by update.
 
     Args:
-        propagator: ``None`` chooses: the exact Hessian while it is benign, and Gauss-Newton for
-            all earlier updates once the products are more than ``UPDATE_DOUBTFUL`` off or the
-            adjoint has grown more than ``GROWTH_DOUBTFUL``-fold.
+        choice: what it multiplies by; its fallback, if any, for all earlier updates once the
+            products are more than ``UPDATE_DOUBTFUL`` off or the adjoint has grown more than
+            ``GROWTH_DOUBTFUL``-fold.
+        running: the names of the running statistics that are part of the state.
     """
 
     def __init__(
         self,
         problem: Problem,
         adjoints: Sequence[Adjoint],
-        propagator: Propagator | None,
+        choice: Choice,
         num_steps: int,
+        running: Sequence[str] = (),
     ) -> None:
         self.problem = problem
         self.adjoints = adjoints
-        self.chooses = propagator is None
-        self.propagator: Propagator = propagator or Exact()
+        self.running = running
+        self.choice = choice
         self.fallback: int | None = None
         self._every = max(1, num_steps // PROBES)
         self._residuals: list[float] = []
 
-    def trust(self, rule: Rule, transition: Transition, moved: Tree) -> Trust:
+    def along(
+        self,
+        way: Iterable[Transition],
+        run: Run,
+        rules: Rules,
+        counterfactual: str,
+        by_example: bool,
+        watch: Progress,
+    ) -> Swept:
+        """Score every update of a trajectory of ``run``, given from the last to the first."""
+        width = len(self.adjoints)
+        steps = torch.zeros(run.num_steps, width, dtype=torch.float64)
+        found = torch.zeros(run.num_examples, width, dtype=torch.float64) if by_example else None
+        trust: list[Trust] = []
+        singular = 0
+        for transition in way:
+            k = transition.index
+            moved, slots = direct_effect(rules, transition, counterfactual)
+            made = statistics_made(transition, self.running)
+            for q, p in enumerate(self.adjoints):
+                steps[k, q] = tree.dot(p.params, moved) + slots_dot(p.slots, slots)
+                steps[k, q] += tree.dot(p.statistics, made)
+            trust.append(self.trust(rules, transition, moved))
+            singular += updates.singular(
+                rules,
+                transition.record.groups,
+                transition.before.params,
+                transition.before.slots,
+                transition.grads,
+                transition.after.slots,
+            )
+            self.pull(rules, transition, found, run.example_ids(k))
+            watch.advance()
+        return Swept(steps, found, tuple(reversed(trust)), singular, self.fallback)
+
+    def trust(self, rules: Rules, transition: Transition, moved: Tree) -> Trust:
         """The trust in the scores of the update that the adjoints stand behind."""
         growth = max(p.growth for p in self.adjoints)
         start = tree.norm(transition.before.params)
         displacement = tree.norm(moved) / start if start > 0.0 else float("inf")
-        gap = mismatch(rule, transition)
+        gap = mismatch(rules, transition)
         return Trust(
             growth, displacement, self.residual, gap, grade_update(growth, self.residual, gap)
         )
@@ -88,55 +137,58 @@ class Sweep:
         return sum(self._residuals) / len(self._residuals) if self._residuals else float("nan")
 
     def pull(
-        self, rule: Rule, transition: Transition, by_example: Tensor | None, ids: Sequence[int]
+        self, rules: Rules, transition: Transition, by_example: Tensor | None, ids: Sequence[int]
     ) -> None:
         """p <- M_k^T p for every behaviour, in place; example scores on the way.
 
-        The optimizer's pullback gives the cotangent w of the gradient; then C_k w joins theta's.
+        The optimizer's pullback gives the cotangent w of the gradient; then C_k w joins theta's,
+        and what the cotangents of the running statistics pull back to.
         """
         record, before = transition.record, transition.before
         pulled = updates.pullback(
-            rule,
+            rules,
             record.groups,
             before.params,
             before.slots,
-            clip(transition.grads, record.clip_grad_norm),
+            clip(transition.grads, record),
             [p.params for p in self.adjoints],
             [p.slots for p in self.adjoints],
         )
         local = LocalLoss(self.problem, transition)
-        raw = [clip_derivative(transition.grads, record.clip_grad_norm, w) for _, _, w in pulled]
-        if by_example is not None:
-            for q, cotangent in enumerate(raw):
-                by_example[:, q].index_add_(0, torch.tensor(ids), example_shares(local, cotangent))
-        curved = self.propagator.products(local, raw)
+        raw = [local.spread(clip_derivative(transition.grads, record, w)) for _, _, w in pulled]
+        propagator = self.choice.propagator
+        if by_example is None:
+            curved = propagator.products(local, raw)
+        else:
+            if not self._residuals:
+                examples.check_losses(local, len(ids))
+            curved, slopes = examples.products(propagator, local, raw, len(ids))
+            by_example.index_add_(0, torch.tensor(ids), torch.stack(slopes, dim=1))
         if transition.index % self._every == 0 or not self._residuals:
+            curved = self.choice.confirmed(local, raw, curved)
             self._probe(local, raw, curved)
-        if not self.propagator.moves:
+        if not propagator.moves:
             return
         for p, (params, slots, _), bent in zip(self.adjoints, pulled, curved, strict=True):
             p.params = tree.add(params, bent)
             p.slots = {} if record.reset else slots
+        if self.running:
+            held = [p.statistics for p in self.adjoints]
+            through = statistics.pullback(local, self.running, raw, held)
+            for p, (gained, before) in zip(self.adjoints, through, strict=True):
+                p.params, p.statistics = tree.add(p.params, gained), before
 
     def _probe(self, local: LocalLoss, raw: Sequence[Tree], curved: Sequence[Tree]) -> None:
         """Compare one product with the Hessian's one update later; fall back if that is too far."""
         q = max(range(len(raw)), key=lambda q: tree.norm(raw[q]))
         later = local.around(local.transition.after.params)
-        try:
-            (truth,) = hessian.products(later, later.params, [raw[q]], "reverse-over-reverse")
-        except UnsupportedError:
-            (truth,) = hessian.products(later, later.params, [raw[q]], "finite-difference")
+        (truth,) = hessian.products(later, later.params, [raw[q]], self.choice.reference)
         size = tree.norm(truth)
         gap = tree.norm(tree.subtract(truth, curved[q]))
         self._residuals.append(gap / size if size > 0.0 else float(gap > 0.0))
         exploded = max(p.growth for p in self.adjoints) > GROWTH_DOUBTFUL
         rough = len(self._residuals) >= SETTLED and self.residual > UPDATE_DOUBTFUL
-        if self.chooses and self.fallback is None and (exploded or rough):
-            self.propagator, self.fallback = GaussNewton(), local.transition.index
-
-
-def example_shares(local: LocalLoss, cotangent: Tree) -> Tensor:
-    """w . grad l_i / B for every example of the update, float64: one forward-mode product."""
-    with differentiable_twice():
-        shares = torch.func.jvp(local.example_values, (local.params,), (cotangent,))[1]
-    return shares.detach().double().cpu()
+        instead = self.choice.fallback
+        if instead is not None and self.fallback is None and (exploded or rough):
+            self.choice.fall_back()
+            self.fallback = local.transition.index

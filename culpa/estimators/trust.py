@@ -16,6 +16,8 @@ UPDATE_TRUSTED, UPDATE_DOUBTFUL = 0.06, 0.25
 """Bounds on the mean relative error of the products that a reverse sweep used."""
 STAGE_TRUSTED, STAGE_DOUBTFUL = 0.2, 0.6
 """Bounds on the relative error of the linearised gradient difference along a displacement."""
+CHECKPOINTS_TRUSTED, CHECKPOINTS_DOUBTFUL = 0.05, 0.6
+"""Bounds on the estimated relative error of a displacement that Krylov segments carried."""
 MISMATCH_ALLOWED = 1e-2
 """Above it the differentiable step is not the recorded one, and nothing is trusted."""
 
@@ -53,6 +55,15 @@ def grade_update(growth: float, residual: float, mismatch: float) -> str:
 def grade_stage(growth: float, residual: float) -> str:
     """The grade of a stage's embedding."""
     return _grade(growth, residual, STAGE_TRUSTED, STAGE_DOUBTFUL)
+
+
+def grade_checkpoints(growth: float, residual: float) -> str:
+    """The grade of a stage's embedding from checkpoints alone.
+
+    What its residual holds is another thing than a recorded stage's, and its bounds were calibrated
+    apart (benchmarks/trust_checkpoints.py).
+    """
+    return _grade(growth, residual, CHECKPOINTS_TRUSTED, CHECKPOINTS_DOUBTFUL)
 
 
 def _grade(growth: float, residual: float, trusted: float, doubtful: float) -> str:

@@ -161,6 +161,70 @@ def test_an_examples_score_is_the_derivative_by_its_weight(
     assert_close(scores.examples[:, 0], expected, 1e-8)
 
 
+def test_products_with_and_without_shared_derivatives(tmp_path: Path) -> None:
+    # Second derivatives have the examples' slopes in them; finite differences get them forward.
+    plan = smooth({0: sgd(momentum=0.9)}, DECAYING)
+    recorded = record(plan, tmp_path / "run")
+    asked = [culpa.log_likelihood("right", held_out(seed)) for seed in range(2)]
+
+    def found(strategy: str) -> Tensor:
+        exact = culpa.Exact(hvp=strategy)
+        run, problem = recorded.run, recorded.problem
+        scores = culpa.attribute(run, problem, asked, propagator=exact, examples=True)
+        assert scores.examples is not None
+        without = culpa.attribute(run, problem, asked, propagator=exact)
+        # Asking for examples changes nothing else.
+        assert_close(scores.steps, without.steps, 1e-12)
+        return scores.examples
+
+    reference = found("reverse-over-reverse")
+    assert_close(found("forward-over-reverse"), reference, 1e-12)
+    assert_close(found("finite-difference"), reference, 1e-4)
+
+
+def test_without_propagation_it_is_a_path_sum(tmp_path: Path) -> None:
+    # By hand, for plain SGD: the gradient of the behaviour at the end times -rate times the
+    # example's gradient at the update that used it, over B.
+    plan = smooth({0: sgd()}, DECAYING)
+    recorded = record(plan, tmp_path / "run")
+    asked = [culpa.log_likelihood("right", held_out())]
+    scores = culpa.attribute(
+        recorded.run, recorded.problem, asked, propagator=culpa.Identity(), examples=True
+    )
+    path = retrain(plan, keep_path=True).path
+    model = plan.model()
+    model.load_state_dict(path[-1])
+    inputs = list(model.parameters())
+    slope = torch.autograd.grad(log_likelihoods(model, held_out()).mean(), inputs)
+    expected = torch.zeros(12 * 8, dtype=torch.float64)
+    for k, batch in enumerate(plan.batches):
+        model.load_state_dict(path[k])
+        losses = cross_entropies(model, batch)
+        for number, loss in zip(recorded.run.example_ids(k), losses, strict=True):
+            own = torch.autograd.grad(loss, inputs, retain_graph=True)
+            pull = sum(float((s * g).sum()) for s, g in zip(slope, own, strict=True))
+            expected[number] -= plan.rates[k][0] * pull / 8
+    assert scores.examples is not None
+    assert_close(scores.examples[:, 0], expected, 1e-10)
+    assert "does not predict" in scores.meaning
+    exact = culpa.attribute(recorded.run, recorded.problem, asked)
+    assert "counterfactual" in exact.meaning
+
+
+def test_losses_whose_mean_is_another_are_refused(tmp_path: Path) -> None:
+    plan = smooth({0: sgd()}, DECAYING)
+    recorded = record(plan, tmp_path / "run")
+    asked = [culpa.log_likelihood("right", held_out())]
+    doubled = culpa.Problem(plan.model(), plan.loss, lambda m, b: 2 * cross_entropies(m, b))
+    with pytest.raises(culpa.ProblemError, match=r"update 11 is .* mean"):
+        culpa.attribute(recorded.run, doubled, asked, examples=True)
+    fewer = culpa.Problem(plan.model(), plan.loss, lambda m, b: cross_entropies(m, b)[:-1])
+    with pytest.raises(culpa.ProblemError, match=r"7 losses for update 11.* 8 training"):
+        culpa.attribute(recorded.run, fewer, asked, examples=True)
+    # Who does not ask for examples needs no such losses.
+    culpa.attribute(recorded.run, doubled, asked)
+
+
 def test_examples_need_their_losses(case: Case) -> None:
     problem = culpa.Problem(case.plan.model(), case.plan.loss)
     asked = [culpa.log_likelihood("all", unseen_digits(20))]

@@ -51,6 +51,21 @@ def test_no_disturbance_has_no_effect(tmp_path: Path) -> None:
         assert float(found.effects.abs().max()) == 0.0
 
 
+def test_every_repeat_draws_what_the_observed_run_drew(tmp_path: Path) -> None:
+    run, problem, behaviour = trained(tmp_path / "run", 1e-2)
+    # Where the record keeps no generators: they go on from the update before.
+    assert run.step(37).drew_randomness
+    assert run.randoms_of(37) == [None]
+
+    def drawing(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        torch.rand(())
+        return behaviour.function(model, batch)
+
+    between = culpa.Behaviour("draws between the repeats", drawing, behaviour.batch)
+    found = culpa.noise_floor(run, problem, [between], at=37, repeats=3, size=0.0)
+    assert found.effects.tolist() == [[0.0], [0.0], [0.0]]
+
+
 def test_outside_of_the_run(tmp_path: Path) -> None:
     run, problem, behaviour = trained(tmp_path / "run", 1e-2)
     with pytest.raises(culpa.OptionError, match="80"):

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import culpa
 from culpa.dynamics.curvature import gauss_newton, hessian
 from culpa.dynamics.local import LocalLoss
+from culpa.estimators.smoothing import Smoothing
 from culpa.trajectory.walk import forward, session
 
 CLASSES, WIDTH, BATCH = 3, 4, 6
@@ -242,6 +243,50 @@ def test_the_default_falls_back_where_training_is_unstable(tmp_path: Path) -> No
     assert scores.trust[0].grade == "not identified"
     named = culpa.attribute(wild, problem, asked, propagator=culpa.Exact())
     assert named.fallback is None
+
+
+def test_the_default_falls_back_where_only_the_residual_tells(tmp_path: Path) -> None:
+    # A loss of degree four on its way down: the curvature falls from update to update while every
+    # M_k contracts, so that the adjoint never grows.
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 0.9], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.w) ** 2
+
+    model = Square()
+    problem = culpa.Problem(model, lambda m, b: (m(b) ** 2).sum(1).mean())
+    rates = [0.05 * 1.5**k for k in range(6)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
+    ones = torch.ones(1, 2, dtype=torch.float64)
+    with culpa.record(tmp_path / "run", problem, optimizer) as recorder:
+        for rate, batch in zip(rates, recorder.batches([ones] * 6), strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            problem.loss(model, batch).backward()
+            optimizer.step()
+    run = culpa.open_run(tmp_path / "run")
+    asked = [culpa.Behaviour("output", lambda m, b: m(b).sum(1), ones, unit="1")]
+    scores = culpa.attribute(run, problem, asked)
+    assert max(t.growth for t in scores.trust) == 1.0
+    # At the third probe from the end: one or two may be outliers.
+    assert scores.fallback == 3
+    # By hand: an update moves w by -rate * 4 w^3; the Hessian of w^4 is 12 w^2, and its
+    # Gauss-Newton matrix, which passes the updates before, 8 w^2.
+    w, path = torch.tensor([1.0, 0.9], dtype=torch.float64), []
+    for rate in rates:
+        path.append(w)
+        w = w - rate * 4 * w**3
+    p = 2 * w
+    for k in reversed(range(6)):
+        expected = float((p * -rates[k] * 4 * path[k] ** 3).sum())
+        assert float(scores.steps[k, 0]) == pytest.approx(expected, rel=1e-9), k
+        p = p * (1 - rates[k] * (12 if k >= 3 else 8) * path[k] ** 2)
+    # Smoothed over the same trajectory twice, each sweep chooses for itself.
+    again = culpa.attribute(run, problem, asked, smoothing=Smoothing(1, relative=0.0))
+    assert torch.equal(again.steps, scores.steps)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from culpa.errors import ProblemError
 from culpa.estimators.embedding import StageTrust
 from culpa.estimators.from_checkpoints.run import CheckpointRun
 from culpa.estimators.from_checkpoints.segment import sampled_loss, split
-from culpa.estimators.trust import DOUBTFUL, TRUSTED, grade_stage
+from culpa.estimators.trust import DOUBTFUL, TRUSTED, grade_checkpoints
 from culpa.problem import Problem
 from culpa.progress import Progress
 from culpa.trajectory.schema import Stage
@@ -43,7 +43,7 @@ class Carried:
         if self.errors:
             residual = sum(self.errors) / now if now > 0.0 else float("inf")
         relative = now / size if size > 0.0 else float("inf")
-        grade = grade_stage(growth, residual)
+        grade = grade_checkpoints(growth, residual)
         if self.guessed and grade == TRUSTED:
             grade = DOUBTFUL
         return StageTrust(relative, growth, residual, grade)

@@ -1,0 +1,88 @@
+"""What one training example contributes to an update: the slope of its loss along a cotangent.
+
+With s_i(theta) the share of example i in the update's loss (they sum to it) and w the cotangent of
+the gradient, that is w . grad s_i. Give every example a weight u_i, all of them 1, as if u were one
+more parameter:
+
+    f(theta, u) = sum_i u_i s_i(theta),     H_f (w, 0) = (H w, (w . grad s_i)_i):
+
+the products with the Hessian that a sweep needs anyway have the examples' slopes in them, for next
+to nothing. Sweeps with other propagators take a forward-mode product instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from culpa.dynamics.curvature import hessian
+from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.propagator import Exact, Propagator
+from culpa.errors import ProblemError
+from culpa.tree import Tree
+
+WEIGHTS = "weight of every example "
+"""The name of u among the parameters; no module can have one that ends like this."""
+CLOSE = 1e-2
+"""Relative difference of the loss from the examples' mean that rounding in bfloat16 explains."""
+
+
+class _Weighted(LocalLoss):
+    """f(theta, u) of the module's docstring, u under the name ``WEIGHTS``."""
+
+    def __init__(self, local: LocalLoss, examples: int) -> None:
+        super().__init__(local.problem, local.transition, observed=False)
+        like = next(iter(self.params.values()))
+        self.params = {**self.params, WEIGHTS: torch.ones(examples).to(like)}
+
+    def value(self, params: Tree) -> Tensor:
+        """f, differentiable in both."""
+        theta = {name: value for name, value in params.items() if name != WEIGHTS}
+        return (params[WEIGHTS] * self.example_values(theta)).sum()
+
+
+def products(
+    propagator: Propagator, local: LocalLoss, cotangents: Sequence[Tree], examples: int
+) -> tuple[list[Tree], list[Tensor]]:
+    """C w of the propagator, and the slopes w . grad s_i, float64 ``[examples]``, for each w.
+
+    Cost: that of the products for ``Exact`` with second derivatives; for the others one
+    forward-mode product, about one gradient, for each cotangent besides.
+    """
+    if isinstance(propagator, Exact) and propagator.hvp in ("auto", *hessian.EXACT):
+        weighted = _Weighted(local, examples)
+        still = torch.zeros_like(weighted.params[WEIGHTS])
+        found = propagator.products(weighted, [{**w, WEIGHTS: still} for w in cotangents])
+        slopes = [product.pop(WEIGHTS) for product in found]
+    else:
+        found = propagator.products(local, cotangents)
+        with differentiable_twice():
+            slopes = [
+                torch.func.jvp(local.example_values, (local.params,), (w,))[1] for w in cotangents
+            ]
+    return found, [slope.detach().double().cpu() for slope in slopes]
+
+
+def check_losses(local: LocalLoss, examples: int) -> None:
+    """Raise ``ProblemError`` unless the update's examples have one loss each, and it their mean.
+
+    Cost: one forward pass.
+    """
+    with torch.no_grad():
+        shares = local.example_values(local.params)
+    if len(shares) != examples:
+        raise ProblemError(
+            f"example_losses returns {len(shares)} losses for update {local.transition.index},"
+            f" which was recorded with {examples} training examples (the rows of its batch)."
+            " Return one loss for each row."
+        )
+    mean, loss = float(shares.sum()), local.transition.loss
+    if not math.isclose(mean, loss, rel_tol=CLOSE, abs_tol=1e-6):
+        raise ProblemError(
+            f"the loss of update {local.transition.index} is {loss:.6g} and the mean of its"
+            f" example_losses {mean:.6g}. Scores of examples are shares of the loss: give"
+            " Problem(example_losses=...) whose mean is the loss, any regularisation included."
+        )

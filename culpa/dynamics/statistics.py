@@ -1,0 +1,281 @@
+"""Running statistics of normalisation layers: part of the state, and their derivatives.
+
+A BatchNorm layer in training mode normalises by its batch and moves its running statistics:
+
+    r' = (1 - f) r + f stat(theta; B),   f = momentum, or 1 / num_batches_tracked without one,
+
+stat being the mean, and the variance with n - 1 in the denominator (torch's convention; for
+InstanceNorm the mean over the batch of each instance's). torch moves them outside of autograd, so
+``trace`` computes them again, differentiably, wherever a layer calls ``torch.nn.functional``: in
+every micro-batch in turn, and as often as the layer is called. A layer in evaluation mode uses r
+and leaves it alone; there the loss depends on r, and the gradient's derivative with respect to r is
+carried too.
+
+``num_batches_tracked`` is an integer and has no derivative; like Adam's step it stands for the
+backward difference r'(count) - r'(count - 1), which is zero where there is a momentum.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from culpa import tree
+from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.running import floating, owner_of, unknown
+from culpa.problem import Function, Problem
+from culpa.tree import Tree
+
+SOURCE = "torch.nn.BatchNorm; Ioffe, Szegedy, Batch Normalization, ICML 2015"
+
+FOLLOWED = (1e-2, 1e-5)
+"""How far a running statistic may be from the one computed here: of its step, and of itself."""
+
+_CALLS: dict[Callable[..., Tensor], tuple[inspect.Signature, str]] = {
+    functional.batch_norm: (inspect.signature(functional.batch_norm), "training"),
+    functional.instance_norm: (inspect.signature(functional.instance_norm), "use_input_stats"),
+}
+"""What normalises, and the argument that says whether by the batch."""
+
+
+@dataclass
+class Follow(TorchFunctionMode):
+    """Runs normalisation on running statistics that are values of a function, not memory.
+
+    ``held`` are the tensors that the modules hold, ``values`` what stands for them; both by name.
+    ``values`` moves on as the layers are called; ``read`` gathers those that an output depends on.
+    """
+
+    held: Tree
+    values: Tree
+    read: set[str] = field(default_factory=set[str])
+
+    def __post_init__(self) -> None:
+        """Know the tensors by identity, which is how they come in."""
+        super().__init__()
+        self._names = {id(value): name for name, value in self.held.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every call of torch passes here; two of them are ours."""
+        if func not in _CALLS:
+            return func(*args, **(kwargs or {}))
+        signature, by_batch = _CALLS[func]
+        bound = signature.bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        given = bound.arguments
+        mean, variance = (self._names.get(id(given[f"running_{s}"])) for s in ("mean", "var"))
+        if mean is None or variance is None:
+            return func(**given)
+        if not given[by_batch]:
+            self.read |= {mean, variance}
+            return _normalised(given, self.values[mean], self.values[variance])
+        instances = func is functional.instance_norm
+        for name, stat in ((mean, torch.mean), (variance, torch.var)):
+            value, share = self.values[name], float(given["momentum"])
+            of = _statistic(stat, given["input"].to(value.dtype), instances)
+            self.values[name] = (1.0 - share) * value + share * of
+        return func(**given | {"running_mean": None, "running_var": None})
+
+
+def _statistic(stat: Callable[..., Tensor], inputs: Tensor, instances: bool) -> Tensor:
+    """Of every channel: over the batch, or over each instance and then averaged."""
+    if instances:
+        return stat(inputs, tuple(range(2, inputs.ndim))).mean(0)
+    return stat(inputs, (0, *range(2, inputs.ndim)))
+
+
+def _normalised(given: Mapping[str, Any], mean: Tensor, variance: Tensor) -> Tensor:
+    """The layer in evaluation mode, written out: torch's own is constant in the statistics."""
+    inputs: Tensor = given["input"]
+    shape = (1, -1, *(1,) * (inputs.ndim - 2))
+    factor = torch.rsqrt(variance + given["eps"])
+    if given["weight"] is not None:
+        factor = factor * given["weight"]
+    out = (inputs - mean.view(shape)) * factor.view(shape)
+    if given["bias"] is not None:
+        out = out + given["bias"].view(shape)
+    return out.to(inputs.dtype)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One update's forward passes: the loss, the buffers after them, and those it depended on."""
+
+    loss: Tensor
+    buffers: Tree
+    read: frozenset[str]
+
+
+def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
+    """The forward passes of one update from ``params`` and ``buffers``, differentiable in both.
+
+    ``buffers`` replace those of the observed state by name.
+    """
+    values: Tree = local.transition.before.buffers | buffers
+    losses: list[Tensor] = []
+    read: set[str] = set()
+    for weight, batch in local.micro_batches():
+        held = tree.clone(values)
+        with Follow(held, dict(values)) as follow:
+            everything = local.everything(params)
+            found = local.problem.call_in(local.problem.loss, everything, held, batch)
+        losses.append(weight * found)
+        # Counts of batches are moved by the module itself, in place.
+        moved = {n: v for n, v in held.items() if not v.is_floating_point()}
+        values, read = follow.values | moved, read | follow.read
+    return Traced(torch.stack(losses).sum(), values, frozenset(read))
+
+
+def advance(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
+    """``trace`` without derivatives, for the counterfactual's own forward passes."""
+    with torch.no_grad():
+        return trace(local, params, buffers)
+
+
+def check(local: LocalLoss, running: Sequence[str]) -> None:
+    """Raise ``UnsupportedError`` unless the observed update moved the statistics as ``trace`` does.
+
+    Cost: one forward pass.
+    """
+    _, moving = _leaves(local, running)
+    if moving:
+        _check_followed(local, advance(local, local.params, {}), moving)
+
+
+def evaluate(
+    problem: Problem, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
+) -> Any:
+    """``Problem.call_at`` in evaluation mode, differentiable in the running statistics too."""
+    held = dict(buffers)  # nothing writes them there, and the function may read them itself
+    with Follow(held, dict(buffers)):
+        return problem.call_in(function, params, held, batch)
+
+
+def pullback(
+    local: LocalLoss, running: Sequence[str], gradients: Sequence[Tree], cotangents: Sequence[Tree]
+) -> list[tuple[Tree, Tree]]:
+    """Cotangents w of the gradient and p of r_{k+1} -> what theta_k gains, and those of r_k.
+
+    What theta_k gains from w, the Hessian product, is left to the propagator. Cost: a forward pass
+    and a backward pass for each cotangent; where the loss depends on r, about two and a half more.
+
+    Raises:
+        UnsupportedError: for a statistic that the observed update did not move as modelled here.
+    """
+    theta, moving = _leaves(local, running)
+    columns = _columns(local, running)
+    found: list[tuple[Tree, Tree]] = []
+    with torch.enable_grad(), differentiable_twice():
+        traced = trace(local, theta, moving)
+        _check_followed(local, traced, moving)
+        after = [traced.buffers[n] for n in moving]
+        slopes = _gradients([traced.loss], theta) if traced.read & moving.keys() else {}
+        for w, p in zip(gradients, cotangents, strict=True):
+            pulled = _gradients(after, theta | moving, [_entry(p, n, v) for n, v in moving.items()])
+            if any(slope.requires_grad for slope in slopes.values()):
+                weights = [_entry(w, n, v) for n, v in theta.items()]
+                crossed = _gradients(list(slopes.values()), moving, weights)
+                pulled |= {n: pulled[n] + v for n, v in crossed.items()}
+            for count, column in columns.items():
+                pulled[count] = _entry(p, count) + tree.dot(column, p)
+            pulled = tree.map_values(torch.detach, pulled)
+            found.append(
+                ({n: pulled[n] for n in theta}, {n: v for n, v in pulled.items() if n not in theta})
+            )
+    return found
+
+
+def pushforward(
+    local: LocalLoss, running: Sequence[str], displacement: Tree, statistics: Tree
+) -> tuple[Tree, Tree]:
+    """Tangents of (theta_k, r_k) -> what the gradient gains by r_k's, and that of r_{k+1}.
+
+    The transpose of ``pullback``: J v is the derivative of u -> J^T u applied to v, which needs no
+    forward mode. Cost: about four gradients.
+    """
+    theta, moving = _leaves(local, running)
+    into = [_entry(displacement, n, v) for n, v in theta.items()]
+    aside = [_entry(statistics, n, v) for n, v in moving.items()]
+    with torch.enable_grad(), differentiable_twice():
+        traced = trace(local, theta, moving)
+        _check_followed(local, traced, moving)
+        after = [traced.buffers[n] for n in moving]
+        probes = {n: torch.zeros_like(v, requires_grad=True) for n, v in moving.items()}
+        pulled = _gradients(after, theta | moving, list(probes.values()))
+        pushed = _gradients(list(pulled.values()), probes, [*into, *aside])
+        gained = tree.zeros_like(theta)
+        if traced.read & moving.keys():
+            slopes = list(_gradients([traced.loss], moving).values())
+            gained = _gradients(slopes, theta, aside)
+    moved = {n: v for n, v in statistics.items() if n not in moving} | pushed
+    for count, column in _columns(local, running).items():
+        moved = tree.add(moved, tree.scale(float(_entry(statistics, count)), column))
+    return tree.map_values(torch.detach, gained), tree.map_values(torch.detach, moved)
+
+
+def _leaves(local: LocalLoss, running: Sequence[str]) -> tuple[Tree, Tree]:
+    """Parameters and running statistics of the observed state, ready to be differentiated by."""
+    buffers = local.transition.before.buffers
+    moving = floating({name: buffers[name] for name in running})
+
+    def ready(part: Tree) -> Tree:
+        return {name: value.detach().clone().requires_grad_() for name, value in part.items()}
+
+    return ready(local.params), ready(moving)
+
+
+def _gradients(of: Sequence[Tensor], wrt: Tree, weights: Sequence[Tensor] | None = None) -> Tree:
+    """The gradient of sum_i <of_i, weights_i>, itself differentiable; zero without dependence."""
+    weights = weights or [torch.ones_like(value) for value in of]
+    pairs = [(o, w) for o, w in zip(of, weights, strict=True) if o.requires_grad]
+    if not pairs:
+        return tree.zeros_like(wrt)
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        list(wrt.values()),
+        [w for _, w in pairs],
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(wrt, found, strict=True))
+
+
+def _entry(part: Tree, name: str, like: Tensor | None = None) -> Tensor:
+    """One entry of a tree; zero, of the shape of ``like`` or a number, where it has none."""
+    if name in part:
+        return part[name]
+    return torch.zeros((), dtype=torch.float64) if like is None else torch.zeros_like(like)
+
+
+def _columns(local: LocalLoss, running: Sequence[str]) -> dict[str, Tree]:
+    """By count of batches: r'(count) - r'(count - 1), where the layer has no momentum."""
+    columns: dict[str, Tree] = {}
+    before = local.transition.before.buffers
+    for count in running:
+        layer: Any = local.problem.model.get_submodule(owner_of(count))
+        if before[count].is_floating_point() or layer.momentum is not None or before[count] < 1:
+            continue
+        mine = [n for n in running if owner_of(n) == owner_of(count) and n != count]
+        here = advance(local, local.params, {}).buffers
+        less = advance(local, local.params, {count: before[count] - 1}).buffers
+        columns[count] = {n: here[n] - less[n] for n in mine}
+    return columns
+
+
+def _check_followed(local: LocalLoss, traced: Traced, moving: Tree) -> None:
+    """Raise where the recorded update moved a statistic in another way than ``trace`` does."""
+    of_step, of_itself = FOLLOWED
+    for name, before in moving.items():
+        recorded = local.transition.after.buffers[name]
+        gap = tree.norm({name: recorded - traced.buffers[name].detach()})
+        step, size = tree.norm({name: recorded - before.detach()}), tree.norm({name: recorded})
+        if not gap <= of_step * step + of_itself * size:
+            raise unknown(name, f"update {local.transition.index} changed")

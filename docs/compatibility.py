@@ -1,0 +1,163 @@
+"""Writes docs/compatibility.md from the tests: what can be recorded, replayed and differentiated.
+
+A row is a feature and the test that holds it; docs/loops.md and docs/optimizers.md say which, and
+``INTEGRATIONS`` below. A cell says yes only if that test, or a function of the tests that it uses,
+calls what the column is about, and the page the row is from does not say otherwise.
+
+Run it after changing tests or pages: ``python docs/compatibility.py``. A test fails when the page is
+stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+TARGET = DOCS / "compatibility.md"
+COLUMNS = {
+    "record": {"record", "record_trainer", "RecorderCallback", "open_run"},
+    "replay": {"replay"},
+    "adjoint": {"attribute"},
+    "tangent": {"embed"},
+}
+"""By column the functions one of which a test must call."""
+
+TRAINER = "tests/integrations/test_transformers.py"
+LIGHTNING = "tests/integrations/test_lightning.py"
+INTEGRATIONS = (
+    ("`transformers.Trainer`: accumulation, clipping, scheduler, `num_items_in_batch`",
+     f"{TRAINER}::test_without_an_update_against_a_loop_by_hand"),
+    ("`transformers.Trainer`: bf16, label smoothing, SGD, a shorter last update",
+     f"{TRAINER}::test_settings_of_the_trainer_replay"),
+    ("`transformers.Trainer`: PEFT adapters with dropout",
+     f"{TRAINER}::test_adapters_with_dropout"),
+    ("`transformers.Trainer`: evaluation between updates, gradient checkpointing",
+     f"{TRAINER}::test_dropout_beside_what_else_draws_or_computes_twice"),
+    ("`transformers.Trainer`: `resume_from_checkpoint`",
+     f"{TRAINER}::test_a_trainer_that_resumes_is_recorded_from_its_checkpoint_on"),
+    ("TRL: `SFTTrainer`, `DPOTrainer` (run where TRL is installed)",
+     "tests/integrations/test_trl.py::test_a_trainer_of_trl"),
+    ("Lightning: epochs, validation, accumulation, clipping, schedulers by step or epoch",
+     f"{LIGHTNING}::test_without_an_update_against_a_loop_by_hand"),
+    ("Lightning: scores and effects", f"{LIGHTNING}::test_scores_and_effects_against_a_loop_by_hand"),
+    ("Accelerate: `prepare`, accumulation, clipping, bf16",
+     "tests/integrations/test_accelerate.py"
+     "::test_the_recipe_changes_nothing_and_every_update_replays"),
+)  # fmt: skip
+
+Row = tuple[str, list[str], str]
+"""A feature, its four cells, and its test."""
+
+
+@cache
+def functions(file: Path) -> dict[str, ast.FunctionDef]:
+    """The functions and methods of a file by name."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@cache
+def shared() -> dict[str, tuple[Path, ast.FunctionDef]]:
+    """The functions that several tests share."""
+    files = sorted((ROOT / "tests" / "oracles").glob("*.py"))
+    return {name: (file, node) for file in files for name, node in functions(file).items()}
+
+
+def called(test: str) -> set[str]:
+    """The names of everything a test calls, or a function of the tests that it mentions."""
+    path, _, name = test.partition("::")
+    start = ROOT / path
+    found: set[str] = set()
+    seen: set[tuple[Path, str]] = set()
+    ahead = [(start, name)]
+    while ahead:
+        file, name = ahead.pop()
+        if (file, name) in seen:
+            continue
+        seen.add((file, name))
+        for node in ast.walk(functions(file)[name]):
+            if isinstance(node, ast.Call):
+                found.add(ast.unparse(node.func).rpartition(".")[2])
+            mentioned = node.id if isinstance(node, ast.Name) else ""
+            if mentioned in functions(file):
+                ahead.append((file, mentioned))
+            elif mentioned in shared():
+                ahead.append((shared()[mentioned][0], mentioned))
+    return found
+
+
+def cells(test: str, recorded: str = "yes", modelled: str = "yes") -> list[str]:
+    """yes, what the page says instead, or nothing where the test does not try it."""
+    calls = called(test)
+    made: list[str] = []
+    for column, functions_of in COLUMNS.items():
+        claim = recorded if column in ("record", "replay") else modelled
+        if not claim.startswith(("yes", "on the")):
+            made.append("no" if claim.startswith("refused") else "")
+        else:
+            made.append("yes" if functions_of & calls else "")
+    return made
+
+
+def table(page: str) -> Iterator[list[str]]:
+    """The cells of every line of the page's tables, headings left out."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.startswith("| ") and not before.startswith("##") and before.strip():
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def of_loops() -> Iterator[Row]:
+    """docs/loops.md, whose columns are: the loop, recorded, modelled, test."""
+    for feature, recorded, modelled, test in table("loops.md"):
+        named = test.strip("`")
+        test = named if named.startswith("tests/") else f"tests/loops/{named}"
+        yield feature, cells(test, recorded, modelled), test
+
+
+def of_optimizers() -> Iterator[Row]:
+    """docs/optimizers.md, whose columns are: class, derivative, record and replay, adjoint, tangent."""
+    test = "tests/dynamics/test_optimizer_table.py::test_the_row_is_true"
+    for name, _, recorded, adjoint, tangent, _ in table("optimizers.md"):
+        yield f"`torch.optim.{name.strip('`')}`", [recorded, recorded, adjoint, tangent], test
+
+
+def of_integrations() -> Iterator[Row]:
+    """The frameworks."""
+    for feature, test in INTEGRATIONS:
+        yield feature, cells(test), test
+
+
+def text() -> str:
+    """The page."""
+    parts = [
+        "# What works with what",
+        "Written by `docs/compatibility.py` from the tests and the pages beside it; do not edit."
+        " *Record*: training is left as it is, bit for bit, and recorded. *Replay*:"
+        " `culpa.replay` gives the same bits, and without updates those of retraining. *Adjoint*:"
+        " `culpa.attribute`; *tangent*: `culpa.embed`; both held against retraining. A cell says"
+        " yes only where the named test does this; *no*: refused, with the reason named; empty:"
+        " not tested there, or it does not apply. The reasons stand in"
+        " [loops.md](loops.md), [optimizers.md](optimizers.md) and"
+        " [integrations.md](integrations.md).",
+    ]
+    sections = (
+        ("Loops, losses and models", of_loops()),
+        ("Optimizers", of_optimizers()),
+        ("Frameworks", of_integrations()),
+    )
+    for title, rows in sections:
+        lines = [f"| Feature | {' | '.join(COLUMNS)} | Test |", "|---|---|---|---|---|---|"]
+        for feature, found, test in rows:
+            lines.append(f"| {feature} | {' | '.join(found)} | `{test}` |")
+        parts += [f"## {title}", "\n".join(lines)]
+    return re.sub(r"\|  (?=\|)", "| ", "\n\n".join(parts)) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(text(), encoding="utf-8")

@@ -1,0 +1,42 @@
+"""One or two stages, asked for by name, are replayed: exact, and said so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import culpa
+from oracles.compare import assert_close, assert_tree_close, difference
+from oracles.problems import held_out, log_likelihoods, smooth
+from oracles.recipes import DECAYING, adamw
+from oracles.recording import record
+from oracles.retrain import retrain, true_effects
+
+
+def test_one_or_two_stages_are_replayed(tmp_path: Path) -> None:
+    plan = smooth({0: adamw()}, DECAYING)
+    recorded = record(plan, tmp_path / "run")
+    found = culpa.embed(recorded.run, recorded.problem, stages=["second", "first"])
+    assert list(found) == ["first", "second"]
+    assert "replayed exactly" in found.facts["strategy"]
+    assert found.facts["claim"] == "bitwise"
+    asked = culpa.log_likelihood("right", held_out())
+    removals = [plan.updates(name) for name in found]
+    truth = true_effects(plan, removals, log_likelihoods, held_out())
+    assert_close(found.effect(asked), truth, 1e-10)
+    end = retrain(plan).parameters
+    for name, updates in zip(found, removals, strict=True):
+        assert_tree_close(found[name], difference(end, retrain(plan, updates).parameters), 1e-10)
+        assert found.trust[name].grade == "trusted"
+    (one,) = culpa.embed(recorded.run, recorded.problem, updates=[3]).effect(asked)
+    assert_close(one, true_effects(plan, [[3]], log_likelihoods, held_out())[0], 1e-10)
+
+
+def test_a_named_propagator_and_a_whole_run_are_estimated(tmp_path: Path) -> None:
+    recorded = record(smooth({0: adamw()}, DECAYING), tmp_path / "run")
+    whole = culpa.embed(recorded.run, recorded.problem)
+    named = culpa.embed(
+        recorded.run, recorded.problem, stages=["first"], propagator=culpa.Exact(at="gauss")
+    )
+    for found in (whole, named):
+        assert "Exact(" in found.facts["propagator"]
+    assert_tree_close(named["first"], whole["first"], 1e-12)
