@@ -73,9 +73,10 @@ def begin(
         RecordError: if module or optimizer are not as the run left them.
     """
     run = _recovered(folder)
-    if run.manifest.status != "complete":
-        earlier = run.manifest.earlier
-        made = run.num_steps - base_of(run).index
+    earlier, done = run.manifest.earlier, run.manifest.status == "complete"
+    stop = run.num_steps if done else earlier[-1].stop if earlier else 0
+    made = run.num_steps - stop
+    if not done:
         if resume and (made or not earlier):
             return None
         if not earlier:
@@ -88,29 +89,31 @@ def begin(
             raise StoreError(
                 f"{folder} holds {made} updates of an appended job that did not finish. Run its"
                 " script again with append=True, resume=True to go on with it, or with"
-                f" append=True, overwrite=True to begin it anew after update {earlier[-1].stop - 1}"
-                " (earlier jobs stay)."
+                f" append=True, overwrite=True to begin it anew after update {stop - 1} (earlier"
+                " jobs stay)."
             )
-        stop = earlier[-1].stop
+    else:
+        run.verify(level="digest")
+    if run.manifest.examples != examples:
+        raise OptionError(
+            f"{folder} was recorded with examples={run.manifest.examples!r}: pass that too."
+        )
+    here = environment.capture(observer.params.values())
+    environment.require_same(run.manifest.environment, here, str(folder))
+    before = run.state(stop)
+    _require_same(run, before, observer)
+    final = run.held_before(before, stop)
+    base = _base(run, stop, fresh=_starts_fresh(final, observer, folder))
+    if not done:  # only now that nothing speaks against beginning anew
         used, link = _last_used(run, stop), link_at(run, stop)
         manifest = as_recording(run.manifest)
         del run
         _take_back(folder, manifest, stop, used, link)
         run = open_run(folder)
-    run.verify(level="digest")
-    if run.manifest.examples != examples:
-        raise OptionError(
-            f"{folder} was recorded with examples={run.manifest.examples!r}: pass that too."
-        )
-    _require_final(run, observer)
-    here = environment.capture(observer.params.values())
-    environment.require_same(run.manifest.environment, here, str(folder))
+        run.verify(level="digest")
     manifest = run.manifest
-    job = Job(run.num_steps, manifest.plain_seconds, run.root_digest)
+    job = Job(stop, manifest.plain_seconds, run.root_digest)
     growing = msgspec.structs.replace(as_recording(manifest), jobs=(*manifest.earlier, job))
-    k = run.num_steps
-    final = run.held_before(run.state(k), k)
-    base = _base(run, k, fresh=_starts_fresh(final, observer, folder))
     return Begun(base, State(final.params, final.buffers), growing)
 
 
@@ -148,8 +151,8 @@ def _base(run: Run, stop: int, *, fresh: bool = False) -> Base:
     return Base(stop, frozenset(stage.name for stage in stages), losses, fresh)
 
 
-def _require_final(run: Run, observer: Observer) -> None:
-    """Raise unless the module is in the run's final state, bit for bit."""
+def _require_same(run: Run, state: State, observer: Observer) -> None:
+    """Raise unless the module is in a state that a job ended with, bit for bit."""
     wrong = different_model(run.manifest, dict(observer.params), dict(observer.buffers))
     if wrong:
         raise ProblemError(
@@ -157,7 +160,7 @@ def _require_final(run: Run, observer: Observer) -> None:
             " of one module: let it have from the beginning what trains later, or record a run of"
             " its own."
         )
-    recorded = State(run.final_state(), run.final_buffers()).flat()
+    recorded = State(run.frozen_parameters() | state.params, state.buffers).flat()
     live = State(
         {name: value.detach().cpu() for name, value in observer.params.items()},
         {name: value.detach().cpu() for name, value in observer.buffers.items()},

@@ -108,8 +108,10 @@ def close(connection: sqlite3.Connection, path: Path, *, compact: bool) -> None:
         execute(connection, "PRAGMA busy_timeout=100")
         execute(connection, "PRAGMA journal_mode=DELETE")
     connection.close()
-    for journal in (f"{path.name}-wal", f"{path.name}-shm"):
-        files.remove(path.with_name(journal))  # empty; no more is written to a closed log
+    # The first two are empty, and no more is written to a closed log; a process that was killed
+    # while it closed the log may have left a journal, which opening it again has dealt with.
+    for journal in ("wal", "shm", "journal"):
+        files.remove(path.with_name(f"{path.name}-{journal}"))
 
 
 def abandon(connection: sqlite3.Connection) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from culpa._version import __version__
 from culpa.errors import OptionError, StoreError, UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory import environment, jobs
+from culpa.trajectory import environment, files, jobs
 from culpa.trajectory import resume as resuming
 from culpa.trajectory.checkpoints import CheckpointPolicy, Thinned
 from culpa.trajectory.durability import Durability
@@ -81,10 +81,10 @@ def record(
             left them; the optimizer is a new one, or goes on with the state it had. The loss may
             be another: whoever walks the run again needs ``culpa.Problem.by_stage``, since
             nothing tells whether two jobs had the same. The longer run has another root digest;
-            it lists those of its jobs, which every verification recomputes. If an appended job
-            crashes: run its script, not those of the jobs before, with ``append=True,
-            resume=True``; ``append=True, overwrite=True`` takes back what it recorded, and
-            nothing of the complete jobs before, and begins it anew.
+            it lists those of its jobs, which every verification recomputes; a ``Run`` opened
+            before must be opened again. If an appended job crashes: run its script, not those of
+            the jobs before, with ``append=True, resume=True``; or ``append=True, overwrite=True``
+            takes back what it recorded, nothing of the complete jobs before, and begins it anew.
 
     Yields:
         A ``Recorder``. The first update of each stage is executed a second time, from the same
@@ -92,8 +92,8 @@ def record(
         Later ones are now and then, within 1 % of the training time (trajectory/guard.py).
 
     Raises:
-        StoreError: if ``path`` exists (or is no run, with ``overwrite``), or cannot be written
-            (with ``strict``).
+        StoreError: if ``path`` exists (or is no run, with ``overwrite``; or its last job is
+            unfinished, with ``append``), or cannot be written (with ``strict``).
         RecordError: if the loop does what a replay could not repeat or, resuming, what is not in
             the record.
         ProblemError: if loss, model and optimizer do not fit together.
@@ -126,7 +126,7 @@ def record(
         base, initial, open_store = begun.base, begun.initial, partial(begun.open_store, folder)
     elif ahead is None:
         initial = observer.state(observer.held, slots=True)
-        _make_room(folder, replace=overwrite or resume)
+        _require_room(folder, replace=overwrite or resume)
         open_store = partial(_create, folder, observer, initial, examples)
     else:
         base = jobs.base_of(ahead.run)
@@ -179,6 +179,7 @@ def _create(folder: Path, observer: Observer, initial: State, examples: str) -> 
         frozen=tuple(sorted(frozen)),
         examples="reference" if examples == "reference" else "stored",
     )
+    _clear(folder)
     return Store.create(folder, manifest, initial, State(frozen).clone())
 
 
@@ -204,7 +205,7 @@ def _reopen(folder: Path, ahead: Resumption) -> Store:
     return Store.reopen(folder, as_recording(ahead.run.manifest))
 
 
-def _make_room(folder: Path, *, replace: bool) -> None:
+def _require_room(folder: Path, *, replace: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -218,7 +219,14 @@ def _make_room(folder: Path, *, replace: bool) -> None:
             f"{folder} holds {what}. Choose another path, or pass overwrite=True (to go on with an"
             " unfinished run: resume=True)."
         )
-    shutil.rmtree(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the run that is there. First of all its manifest: what is left is then no run."""
+    if folder.exists():
+        files.remove(folder / MANIFEST)
+        files.flush_folder(folder)
+        shutil.rmtree(folder)
 
 
 def _is_ours(name: str) -> bool:

@@ -207,7 +207,9 @@ def load(folder: Path, scheduler: Any, optimizer: Any) -> Resumption | None:
     unclosed = content is None and run.num_steps > 0 and run.num_steps in run.kept_states
     if unclosed and not run.manifest.finished:
         # Killed between closing the log and writing the manifest: that is all there is to do.
-        Store.reopen(folder, as_recording(run.manifest)).finish(None, "complete", "", 0.0)
+        manifest = as_recording(run.manifest)
+        del run  # a log that is being read cannot be folded into one file
+        Store.reopen(folder, manifest).finish(None, "complete", "", 0.0)
         run = open_run(folder)
     if run.manifest.status == "complete":
         raise StoreError(

@@ -90,6 +90,7 @@ class Store:
             store.keep(0, initial, None)
             store.commit()
             files.flush_folder(folder)
+            undo.callback(files.remove, folder / MANIFEST)  # there, but perhaps not for good
             store._write_manifest()
             undo.pop_all()
         return store
@@ -99,8 +100,9 @@ class Store:
         """A folder to go on with, back at its last commit."""
         with contextlib.ExitStack() as undo:
             undo.callback(log.abandon, connection := log.reopen(folder / LOG))
-            end = log.rows(connection, "SELECT max(offset + size) FROM example")[0][0] or 0
-            undo.callback((pack := files.open_at(folder / PACK, max(end, 0))).close)
+            rows = "SELECT max(offset + size) FROM example WHERE offset >= 0"  # -1: by reference
+            end = log.rows(connection, rows)[0][0] or 0
+            undo.callback((pack := files.open_at(folder / PACK, end)).close)
             frozen = State.decode((folder / FROZEN_NAME).read_bytes()).digest()
             store = cls(folder, manifest, connection, pack, frozen)
             store._load()

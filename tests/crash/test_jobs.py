@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 import culpa
 from crash import harness
 from crash.harness import Noisy, Shared, fingerprint, fork, loss
-from culpa.trajectory.schema import LOG
+from hostile.forge import everything
 
 FIRST, SECOND = 3 * 2 * 5, 2 * 3 * 5
 
@@ -86,16 +85,6 @@ class Jobs:
         shutil.copytree(self.run, path)
         return path
 
-    def content(self, path: Path) -> dict[str, Any]:
-        """Every file; of the log what it holds, since SQLite counts how often it was opened."""
-        found: dict[str, Any] = {
-            f.name: f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != LOG
-        }
-        connection = sqlite3.connect(path / LOG)
-        found[LOG] = list(connection.iterdump())
-        connection.close()
-        return found
-
     def is_whole(self, path: Path) -> None:
         run = culpa.open_run(path)
         assert [job.root_digest for job in run.manifest.earlier] == [self.digest]
@@ -123,15 +112,19 @@ def test_an_interrupted_job_begins_anew_or_is_taken_back(jobs: Jobs, tmp_path: P
     path = jobs.copy(tmp_path / "run")
     with pytest.raises(Stop):
         second(path, jobs.weights, stop_at(9))
-    before = jobs.content(path)
+    before = everything(path)
     with pytest.raises(culpa.StoreError, match="9 updates of an appended job"):
         second(path, jobs.weights)
     with pytest.raises(culpa.OptionError, match="append=True"):
         second(path, jobs.weights, append=False, resume=True)
-    assert jobs.content(path) == before
+    other = {name: 2 * value for name, value in torch.load(jobs.weights).items()}
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(culpa.RecordError, match="final state"):
+        second(path, tmp_path / "other.pt", overwrite=True)
+    assert everything(path) == before
     with pytest.raises(Stop):  # nothing recorded this time: the run of the first job is there
         second(path, jobs.weights, stop_at(1), checkpoints=Refusing(), overwrite=True)
-    assert jobs.content(path) == jobs.content(jobs.run)
+    assert everything(path) == everything(jobs.run)
     with pytest.raises(Stop):
         second(path, jobs.weights, stop_at(9))
     assert second(path, jobs.weights, overwrite=True) == jobs.truth

@@ -70,6 +70,20 @@ def record(path: Path, **options: Any) -> culpa.Run:
     return culpa.open_run(path)
 
 
+def append(path: Path, name: str, updates: int = 3) -> culpa.Run:
+    """A further job of one stage."""
+    run, task = culpa.open_run(path), problem()
+    task.model.load_state_dict(run.final_state() | run.final_buffers())
+    optimizer = torch.optim.SGD(task.model.head.parameters(), lr=0.1)  # type: ignore[union-attr]
+    loader = DataLoader(rows(3 * updates), batch_size=3)  # type: ignore[arg-type]
+    with culpa.record(path, task, optimizer, append=True) as recorder, recorder.stage(name):
+        for batch in recorder.batches(loader):
+            optimizer.zero_grad()
+            loss(task.model, batch).backward()
+            optimizer.step()
+    return culpa.open_run(path)
+
+
 def record_in_part(path: Path, updates: int = 4) -> Path:
     """What is left when the process dies after some updates, all of them committed."""
     task = problem()
@@ -170,6 +184,16 @@ def contents(log: Path) -> list[Any]:
         found.append(connection.execute("PRAGMA integrity_check").fetchall())
     except sqlite3.Error as error:
         found = [str(error)]
+    connection.close()
+    return found
+
+
+def everything(path: Path) -> dict[str, Any]:
+    """Every file; of the log what it holds, since SQLite counts how often it was opened."""
+    files = [f for f in path.rglob("*") if f.is_file() and f.name != LOG]
+    found: dict[str, Any] = {f.name: f.read_bytes() for f in files}
+    connection = sqlite3.connect(path / LOG)
+    found[LOG] = list(connection.iterdump())
     connection.close()
     return found
 

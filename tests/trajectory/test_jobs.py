@@ -6,7 +6,7 @@ The truth is a loop of both jobs by ``oracles.skipping``, which knows nothing of
 from __future__ import annotations
 
 import os
-import sqlite3
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import culpa
-from culpa.trajectory.schema import LOG
+from hostile.forge import everything
 from oracles.skipping import Skipping
 
 Tensors = dict[str, Tensor]
@@ -185,22 +185,11 @@ def test_the_same_optimizer_goes_on(tmp_path: Path) -> None:
     assert run.verify(culpa.Problem.by_stage(named), level="replay").executed == 14
 
 
-def content(path: Path) -> dict[str, Any]:
-    """Every file's bytes; of the log what it holds, since SQLite counts how often it was opened."""
-    found: dict[str, Any] = {
-        f.name: f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != LOG
-    }
-    connection = sqlite3.connect(path / LOG)
-    found[LOG] = list(connection.iterdump())
-    connection.close()
-    return found
-
-
 def refused(path: Path, model: Net, error: type[Exception], said: str, **options: Any) -> None:
-    before = content(path)
+    before = everything(path)
     with pytest.raises(error, match=said):
         tune(path, model, **options)
-    assert content(path) == before
+    assert everything(path) == before
 
 
 def test_another_state_is_refused(path: Path) -> None:
@@ -246,10 +235,10 @@ def test_a_name_twice_and_another_model_are_refused(path: Path, tmp_path: Path) 
 
 
 def test_a_job_without_updates_leaves_the_run_as_it_was(path: Path) -> None:
-    before, model = content(path), loaded(path)
+    before, model = everything(path), loaded(path)
     with culpa.record(path, culpa.Problem(model, classifying), tuned(model), append=True) as r:
         assert r.num_steps == 0
-    assert content(path) == before
+    assert everything(path) == before
     assert culpa.open_run(path).verify().finished
 
 
@@ -262,3 +251,47 @@ def test_all_states_of_a_complete_job_stay(tmp_path: Path) -> None:
     model = pretrain(tmp_path / "run", checkpoints=culpa.Every(1))
     tune(tmp_path / "run", model)  # Thinned would drop most
     assert {*range(8)} <= {*culpa.open_run(tmp_path / "run").kept_states}
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+def by_steps(path: Path, start: Path, stop: int = -1, **options: Any) -> Tensors:
+    """A second job that counts its own updates, and trains what was frozen before."""
+    model = loaded(start)
+    optimizer, batches = tuned(model), data(4)
+    torch.manual_seed(3)
+    problem = culpa.Problem(model, classifying)
+    with culpa.record(path, problem, optimizer, append=True, **options) as recorder:
+        for k in range(recorder.num_steps, len(batches)):
+            with recorder.step(batches[k]):
+                optimizer.zero_grad()
+                classifying(model, batches[k]).backward()
+                optimizer.step()
+            if k == stop:
+                raise Stop
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("examples", ["stored", "reference"])
+@pytest.mark.parametrize("stop", [0, 1, 5])
+def test_a_job_of_steps_goes_on(stop: int, examples: str, tmp_path: Path) -> None:
+    start, path, whole = (tmp_path / name for name in ("start", "run", "whole"))
+    pretrain(start, examples=examples)
+    shutil.copytree(start, path)
+    shutil.copytree(start, whole)
+    truth = by_steps(whole, start, examples=examples)
+    assert culpa.open_run(whole).verify().updates == 14
+    assert [s.name for s in culpa.open_run(whole).stages] == ["pretrain", "training"]
+    with pytest.raises(Stop):
+        by_steps(path, start, stop, examples=examples)
+    if examples == "reference":
+        with pytest.raises(culpa.UnsupportedError, match="Record anew"):
+            by_steps(path, start, resume=True, examples=examples)
+        assert same(by_steps(path, start, overwrite=True, examples=examples), truth)
+    else:
+        assert same(by_steps(path, start, resume=True), truth)
+    run = culpa.open_run(path)
+    assert run.verify().updates == 14
+    assert same(run.final_state() | run.final_buffers(), truth)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import culpa
 from crash.harness import fingerprint, loss, train
+from hostile import forge
 
 
 class Stop(Exception):  # noqa: N818
@@ -100,6 +101,22 @@ def test_a_script_that_ends_early_is_told(tmp_path: Path) -> None:
         train(tmp_path / "run", stop_at(60))
     with pytest.raises(culpa.RecordError):
         train(tmp_path / "run", epochs=1, resume=True)
+
+
+def test_killed_while_the_log_was_closed(tmp_path: Path) -> None:
+    """All is there but the manifest of the end, and a journal that SQLite had begun."""
+    path = forge.record(tmp_path / "run").path
+    unfinished = {"status": "recording", "root_digest": "", "num_steps": 0, "plain_seconds": 0.0}
+    forge.edit_manifest(path, lambda fields: fields.update(unfinished))
+    (path / "log.sqlite-journal").write_bytes(bytes(512))
+    model = forge.problem()
+    optimizer = torch.optim.AdamW(model.model.parameters())
+    with (
+        pytest.raises(culpa.StoreError, match="complete run"),
+        culpa.record(path, model, optimizer, resume=True),
+    ):
+        raise AssertionError
+    assert culpa.open_run(path).verify().finished
 
 
 def test_nothing_there_is_a_new_run(tmp_path: Path) -> None:
