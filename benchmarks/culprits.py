@@ -1,4 +1,4 @@
-"""How often does the audit put a planted culprit first, by screening alone and after its budget?
+"""Ranks of planted culprits: how often an audit puts them first, before and after replays.
 
     python benchmarks/culprits.py [--seeds 3] [--out benchmarks/results/culprits.json]
 

@@ -197,7 +197,7 @@ def _stage_unknown(_model: nn.Module, _batch: Any) -> Tensor:
     )
 
 
-_Place = tuple[dict[str, Tensor | None], str, Tensor]
+_Place = tuple[dict[str, Any], str, Tensor]
 """Where a module holds a tensor: its dictionary, the key there, and the tensor itself."""
 
 

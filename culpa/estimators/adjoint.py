@@ -45,7 +45,8 @@ class Scores:
         examples: float64 ``[num_distinct_training_examples, num_behaviours]`` or ``None``: the
             effect of the example's gradient in all updates that used it.
         trust: one record per update.
-        singular: how often Adam's square root was at zero, where its derivative is defined as 0.
+        singular: how often an optimizer's square root was at zero, where its derivative is defined
+            as 0: Adam's, and any that the ``step()`` of a class without a closed form takes.
         behaviours, propagator, counterfactual: what the numbers are about.
         claim: ``"bitwise"``, or the drift of the replay that the sweep linearised; see
             ``culpa.replay(allow_drift=True)``.
@@ -105,8 +106,12 @@ def attribute(
             Two questions are not to be confused. What would the model do had the example's gradient
             not been there? That is what a propagator answers. Which examples carry a pattern, such
             as poison? ``propagator=Identity()`` finds them better (docs/results/poison.md), and its
-            scores predict worse what removal does. ``Scores.meaning`` says which it was. Cost:
-            little with exact products, which share their derivatives; else a gradient an update.
+            scores predict worse what removal does. ``Scores.meaning`` says which it was. With
+            BatchNorm in training mode an example has two parts in its update: its own loss, and the
+            statistics by which all others are normalised. Its score is that of its loss, in the
+            batch as it was; what the others, and the running statistics, owe to its presence is no
+            example's. Cost: little with exact products, which share their derivatives; else a
+            gradient an update.
         smoothing: score along perturbed trajectories as well, such as ``culpa.Smoothing()``, for
             runs whose sweep explodes (growth beyond 40, or scores graded "not identified").
         allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.

@@ -2,7 +2,7 @@
 
 A sweep passes every observed state once, which with a thinned record is one replay already, and on
 top of it carries each stage; a replay without a stage is one replay at most, and exact. So where
-one or two stages are asked for, no sweep is cheaper.
+one or two stages are to be embedded, no sweep is cheaper.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from culpa.trajectory.schema import Stage
 from culpa.tree import Tree
 
 REPLAYED_UP_TO = 2
-"""So many stages, if asked for by name, are replayed where no propagator is."""
+"""So many stages are replayed where no propagator is named."""
 
 
 def embed_by_replay(

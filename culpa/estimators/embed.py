@@ -49,12 +49,12 @@ def embed(
         problem: the problem it was recorded with; its model is borrowed and left as it was.
         stages: names; default all, or none where ``updates`` are given.
         updates: single updates to embed as well, by index: ``emb["update 7"]``.
-        propagator: default, where ``stages`` or ``updates`` name no more than two: none, they are
-            replayed exactly, which costs less than any sweep (``facts["strategy"]`` says so). Else
-            ``Exact(at="gauss")``: at practical learning rates the paper's
-            curvature, at the observed parameters, is the largest source of error. ``Secant(0.25)``
-            costs a tenth of it; ``Secant(1)`` a fifth, and is exact: retraining without each
-            stage, side by side.
+        propagator: default, where no more than two stages are to be embedded in the block form:
+            none, they are replayed exactly, which costs less than any sweep (``facts["strategy"]``
+            says so). Else ``Exact(at="gauss")``: at practical learning rates the paper's curvature,
+            at the observed parameters, is the largest source of error. ``Secant(0.25)`` costs a
+            tenth of it; ``Secant(1)`` a fifth, and is exact: retraining without each stage, side
+            by side.
         form: ``"block"`` (the paper's Appendix B; more accurate and cheaper) or ``"additive"``
             (Estimator 4.3).
         order: 1; or 2, with the second-order terms of the update map in D (third derivatives of

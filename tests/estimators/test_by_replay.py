@@ -1,4 +1,4 @@
-"""One or two stages, asked for by name, are replayed: exact, and said so."""
+"""One or two stages are replayed where no propagator is named: exact, and said so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import culpa
 from oracles.compare import assert_close, assert_tree_close, difference
 from oracles.problems import held_out, log_likelihoods, smooth
-from oracles.recipes import DECAYING, adamw
+from oracles.recipes import DECAYING, adamw, sgd
 from oracles.recording import record
 from oracles.retrain import retrain, true_effects
 
@@ -31,7 +31,22 @@ def test_one_or_two_stages_are_replayed(tmp_path: Path) -> None:
     assert_close(one, true_effects(plan, [[3]], log_likelihoods, held_out())[0], 1e-10)
 
 
-def test_a_named_propagator_and_a_whole_run_are_estimated(tmp_path: Path) -> None:
+def test_a_run_of_two_stages_is_replayed(tmp_path: Path) -> None:
+    # A rate at which every linear estimate is far off.
+    plan = smooth({0: sgd(momentum=0.9)}, [(0.5,)] * 12, [("first", 0, 7), ("second", 7, 12)])
+    recorded = record(plan, tmp_path / "run")
+    found = culpa.embed(recorded.run, recorded.problem)
+    assert list(found) == ["first", "second"]
+    assert "replayed exactly" in found.facts["strategy"]
+    end = retrain(plan).parameters
+    for stage, start, stop in plan.stages:
+        without = retrain(plan, range(start, stop)).parameters
+        assert_tree_close(found[stage], difference(end, without), 1e-10)
+    summed = culpa.embed(recorded.run, recorded.problem, form="additive")
+    assert "Exact(" in summed.facts["propagator"]  # Estimator 4.3 is no replay
+
+
+def test_a_named_propagator_and_three_stages_are_estimated(tmp_path: Path) -> None:
     recorded = record(smooth({0: adamw()}, DECAYING), tmp_path / "run")
     whole = culpa.embed(recorded.run, recorded.problem)
     named = culpa.embed(

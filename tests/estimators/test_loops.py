@@ -268,11 +268,12 @@ def test_a_run_of_one_update(tmp_path: Path) -> None:
     plan = smooth({0: adamw()}, [(0.1,)], [("only", 0, 1)])
     recorded = record(plan, tmp_path / "run")
     scores = culpa.attribute(recorded.run, recorded.problem, [right()])
-    found = culpa.embed(recorded.run, recorded.problem)
+    for propagator in (None, culpa.Exact(at="gauss")):  # replayed, and swept
+        found = culpa.embed(recorded.run, recorded.problem, propagator=propagator)
+        start = parameters_of(plan.model())
+        assert_tree_close(found["only"], difference(retrain(plan).parameters, start), 1e-12)
+        assert_close(scores.steps[0], found.score(right()).mean(1), 1e-10)
     assert scores.steps.shape == (1, 1)
-    start = parameters_of(plan.model())
-    assert_tree_close(found["only"], difference(retrain(plan).parameters, start), 1e-12)
-    assert_close(scores.steps[0], found.score(right()).mean(1), 1e-10)
 
 
 def test_a_loop_without_stages_is_one(tmp_path: Path) -> None:
