@@ -41,6 +41,7 @@ AA_SCORE = (
 )
 BLOCK, ADDITIVE = "block (Appendix B)", "additive (Estimator 4.3): sums of update scores"
 EXACT = "none: every stage was replayed"
+REPLAYS = "none: replays alone"
 
 
 def record(
@@ -120,9 +121,12 @@ def _stage(
             number(of[i]) for of in (embedded.displacement, embedded.growth, embedded.residual)
         )
     exact = truth is not None and embedded is None
+    unknown = truth is None and embedded is None and not screened.steps
     grade, reason = estimate.grade, words.reason(estimate.grade, growth, residual)
     if exact:
         grade, reason = TRUSTED, "it was replayed, not estimated"
+    elif unknown:
+        reason = "it was neither estimated nor replayed"
     width = len(estimate.effects)
     rows = screened.steps[stage.start : stage.stop]
     return StageFinding(
@@ -140,7 +144,7 @@ def _stage(
         intervals=ranking.intervals[stage.name],
         floors=ranking.floors[stage.name],
         grades=ranking.grades[stage.name],
-        estimated=not exact,
+        estimated=not exact and not unknown,
         sums=[math.fsum(number(row[q]) for row in rows) for q in range(width)] if rows else [],
     )
 
@@ -148,7 +152,9 @@ def _stage(
 def _form(embedded: Embedded | None, stages: Sequence[StageFinding]) -> str:
     if embedded is not None:
         return BLOCK
-    return ADDITIVE if any(stage.estimated for stage in stages) else EXACT
+    if any(stage.estimated for stage in stages):
+        return ADDITIVE
+    return REPLAYS if any(None in stage.replayed for stage in stages) else EXACT
 
 
 def _updates(run: Run, screened: Screened, experiments: Experiments, width: int) -> UpdateFindings:

@@ -55,7 +55,8 @@ class StageFinding(msgspec.Struct, frozen=True, kw_only=True):
     grades: list[str] = []
     """Of the best number per behaviour: "replayed", "trusted", "doubtful" or "not identified"."""
     estimated: bool = True
-    """Whether an embedding estimated it; not where replaying every stage took less."""
+    """Whether there is an estimate; not where replaying every stage took less, nor where the
+    sweeps refused the run. Then, if it was not replayed either, nothing is known of it."""
     sums: list[float] = []
     """The sum of the first-order scores of its updates (Estimator 4.3): what drilling down to
     single updates adds up to. It falls short of the effect by what is not additive."""

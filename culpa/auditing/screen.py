@@ -11,7 +11,7 @@ import msgspec
 from culpa.auditing.drill import Examples, most_helpful_and_harmful
 from culpa.auditing.intervals import Estimate
 from culpa.auditing.tasks import Bench
-from culpa.dynamics.propagator import Propagator
+from culpa.dynamics.propagator import Exact, Propagator
 from culpa.errors import UnsupportedError
 from culpa.estimators.adjoint import attribute
 from culpa.estimators.embed import embed
@@ -111,7 +111,8 @@ def embed_stages(bench: Bench, propagator: Propagator | None) -> Embedded:
         found = embed(
             bench.run,
             bench.problem,
-            propagator=propagator,
+            # Named, since embed would replay two stages, and the budget is the audit's to spend.
+            propagator=propagator or Exact(at="gauss"),
             counterfactual=bench.counterfactual,
             allow_drift=bench.allow_drift,
             progress=bench.progress,

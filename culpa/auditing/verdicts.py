@@ -166,7 +166,7 @@ def cautions(
                 " noise floor: rounding-sized noise at the same moment moves it as far. That is"
                 " chaos, not accountability, and not identified."
             )
-        if stage.grade == NOT_IDENTIFIED and None in stage.replayed:
+        if stage.estimated and stage.grade == NOT_IDENTIFIED and None in stage.replayed:
             said.append(
                 f"The effect of stage {stage.name!r} is not identified by its estimate"
                 f" ({stage.reason}): replay it before relying on it."
@@ -188,6 +188,12 @@ def cautions(
                     f" ({stage.effects[q]:+.3g}) was graded trusted, but replay gave {truth:+.3g}"
                     f" {behaviour.unit}: use the replayed number."
                 )
+    lost = [repr(s.name) for s in stages if not s.estimated and None in s.replayed]
+    if lost:
+        said.append(
+            f"Nothing is known of {', '.join(lost)}: neither estimated nor, within the budget,"
+            " replayed. A larger budget replays them."
+        )
     if against:
         said.append(
             "The AA-Score has another sign than the effect for"

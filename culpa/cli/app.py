@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -14,6 +14,7 @@ from rich.markup import escape
 import culpa
 from culpa.auditing.again import options_of, require_same_run
 from culpa.cli.audits import print_audit, reproduced, show, work_folder
+from culpa.cli.estimate import estimated
 from culpa.cli.outcome import replayed, replayed_facts
 from culpa.cli.problem import load_problem, load_show
 from culpa.cli.progress import shown
@@ -249,6 +250,9 @@ def replay(
     ] = None,
     counterfactual: Removal = "skip",
     allow_drift: AllowDrift = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Do not replay: take the embedding of the stage.")
+    ] = False,
     weights: Annotated[
         Path | None, typer.Option("--out", help="Write the model without it here (safetensors).")
     ] = None,
@@ -261,14 +265,11 @@ def replay(
     task, behaviours = load_problem(problem)
     run = culpa.open_run(path)
     with shown(err) as progress:
-        found = culpa.replay(
-            run,
-            task,
-            without=without or (),
-            counterfactual=counterfactual,
-            allow_drift=allow_drift,
-            progress=progress,
-        )
+        options: Any = {"counterfactual": counterfactual, "allow_drift": allow_drift}
+        if estimate:
+            found = estimated(run, task, without or [], progress=progress, **options)
+        else:
+            found = culpa.replay(run, task, without=without or (), progress=progress, **options)
     if weights is not None:
         found.save(weights)
     if json:

@@ -15,6 +15,9 @@ from culpa.behaviour import Behaviour
 from culpa.report.numbers import plural, signed, visible
 from culpa.trajectory.replay import Counterfactual
 
+ESTIMATED = "estimated, "
+"""What the claim of an estimated model begins with; its grade follows."""
+
 
 def replayed(
     without: Sequence[str],
@@ -28,11 +31,13 @@ def replayed(
         yield Text(f"The run itself, executed again ({cost}). {claimed(found.claim)}")
     else:
         names, removed = ", ".join(map(visible, without)), plural(len(found.without), "update")
-        yield Text(f"Without {names} ({removed}; {cost} executed). {claimed(found.claim)}")
+        how = removed if found.claim.startswith(ESTIMATED) else f"{removed}; {cost} executed"
+        yield Text(f"Without {names} ({how}). {claimed(found.claim)}")
         yield ""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         table.add_column("Behaviour", overflow="fold")
-        table.add_column("True effect", justify="right")
+        kind = "Estimated" if found.claim.startswith(ESTIMATED) else "True"
+        table.add_column(f"{kind} effect", justify="right")
         table.add_column("Unit")
         for behaviour in behaviours:
             effect = float(found.effect(behaviour).mean())
@@ -48,6 +53,8 @@ def claimed(claim: str) -> str:
     """The claim as a sentence."""
     if claim == "bitwise":
         return "Bitwise: the environment is the recorded one, and so are the observed updates."
+    if claim.startswith(ESTIMATED):
+        return f"Not replayed: {claim}. A replay (without --estimate) proves it."
     return f"Not bitwise: {claim} from the record, relative, measured at the kept states."
 
 

@@ -31,6 +31,7 @@ from culpa.report.matrix import matrix
 from culpa.report.panels import grade_of, panel
 from culpa.report.record_check import checked
 from culpa.report.showing import Show, shown_examples
+from culpa.report.table import known
 from culpa.trajectory.run import Run
 
 
@@ -136,8 +137,16 @@ def _templates() -> tuple[Any, Any]:
         "row_height": row_height,
     }
     environment.filters.update(filters)
-    environment.tests["finite"] = lambda value: numbers.finite(value) is not None
+    tests: dict[str, Callable[..., Any]] = {
+        "known": known,
+        "finite": _is_finite,
+    }
+    environment.tests.update(tests)
     return environment, Markup
+
+
+def _is_finite(value: float | None) -> bool:
+    return numbers.finite(value) is not None
 
 
 @cache

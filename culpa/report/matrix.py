@@ -8,6 +8,7 @@ from culpa.auditing.record import AuditRecord, StageFinding
 from culpa.report.charts.scale import clamp, grade_index, reach
 from culpa.report.numbers import finite
 from culpa.report.panels import grade_of
+from culpa.report.table import known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,10 @@ def matrix(record: AuditRecord) -> Matrix:
 
 
 def best_of(stage: StageFinding, q: int) -> float | None:
-    """The replayed effect on behaviour ``q`` or else the estimate."""
+    """The replayed effect on behaviour ``q`` or else the estimate; ``None``: nothing is known."""
     truth = stage.replayed[q]
+    if not known(stage, q):
+        return None
     return stage.effects[q] if truth is None else truth
 
 

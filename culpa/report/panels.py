@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from culpa.auditing.record import AuditRecord, BehaviourFacts, StageFinding
-from culpa.report.charts import Band, Bar, Drawing, Stem, stage_bars, update_strip
+from culpa.report.charts import Band, Bar, Drawing, Stem, in_words, stage_bars, update_strip
 from culpa.report.charts.scale import REPLAYED
 from culpa.report.charts.thinning import allowance, thin
 from culpa.report.numbers import count, finite, magnitude, plural, signed
+from culpa.report.table import known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ def panel(record: AuditRecord, q: int) -> Panel:
     bars = [
         Bar(
             stage=stage.name,
-            effect=stage.effects[q],
+            effect=stage.effects[q] if known(stage, q) else None,
             score=stage.scores[q],
             replayed=stage.replayed[q],
             grade=stage.grade if grade_of(stage, q) == REPLAYED else grade_of(stage, q),
@@ -112,7 +113,7 @@ def _by_stage(stems: Sequence[Stem], names: Sequence[str]) -> list[tuple[str, li
 def _in_words(bars: Sequence[Bar], behaviour: BehaviourFacts) -> str:
     """The chart as a sentence, for those who do not see it."""
     each = "; ".join(
-        f"{bar.stage}: {signed(bar.effect)}"
+        f"{bar.stage}: {in_words(bar.effect)}"
         + ("" if bar.replayed is None else f", replayed {signed(bar.replayed)}")
         + ("" if finite(bar.interval) is None else f", ± {magnitude(bar.interval)}")
         for bar in bars

@@ -86,7 +86,7 @@ def _table(record: AuditRecord, q: int, *, ascii_only: bool = False) -> Table:
         half = finite(stage.intervals[q]) if stage.intervals else None
         table.add_row(
             Text(stage.name),
-            signed(stage.scores[q], ascii_only=ascii_only),
+            signed(stage.scores[q], ascii_only=ascii_only) if known(stage, q) else "-",
             estimate,
             "-" if replayed is None else signed(replayed, ascii_only=ascii_only),
             half_width(half, largest, ascii_only=ascii_only),
@@ -94,6 +94,11 @@ def _table(record: AuditRecord, q: int, *, ascii_only: bool = False) -> Table:
             style="red" if i == blamed else "green" if i == credited else None,
         )
     return table
+
+
+def known(stage: StageFinding, q: int) -> bool:
+    """Whether anything is known of it: it was estimated, or replayed."""
+    return stage.estimated or stage.replayed[q] is not None
 
 
 def largest_effect(record: AuditRecord, q: int) -> float:

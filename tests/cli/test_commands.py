@@ -42,6 +42,15 @@ def data(seed):
 def problem():
     return culpa.Problem(net(), loss), [culpa.log_likelihood("test", data(9))]
 
+def losses(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+def with_examples():
+    return culpa.Problem(net(), loss, losses), [culpa.log_likelihood("test", data(9))]
+
+def words(example):
+    return f"in words: {int(example[1])}"
+
 def wrong_loss():
     return culpa.Problem(net(), lambda model, batch: loss(model, batch) * 1.01), []
 
@@ -190,7 +199,10 @@ class Averaging(nn.Module):
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        ({"optimizer": torch.optim.Rprop}, "its step depends on gradients through their signs only"),
+        (
+            {"optimizer": torch.optim.Rprop},
+            "its step depends on gradients through their signs only",
+        ),
         (
             {"model": nn.Sequential(nn.Linear(4, 5), Averaging(), nn.Linear(5, 3))},
             "training changed the buffer",
@@ -304,6 +316,54 @@ def test_replay_without_a_stage(ask: Ask) -> None:
         "claim": "bitwise",
     }
     assert names == set(found.state)
+
+
+def test_the_estimated_model_without_a_stage(ask: Ask) -> None:
+    run = train()
+    arguments = ("replay", "run", *P, "--estimate", "--without", "early")
+    answer = ask(*arguments, "--out", "model.safetensors")
+    assert (answer.code, answer.err) == (0, "")
+    assert max(map(len, answer.out.splitlines())) <= 80
+    assert "Without early (3 updates). Not replayed: estimated, " in flat(answer.out)
+    assert "Estimated effect" in answer.out
+    import small  # pyright: ignore[reportMissingImports]
+
+    problem, (behaviour,) = small.problem()
+    found = culpa.embed(run, problem, stages=["early"])
+    facts = json.loads(ask(*arguments, "--json").out)
+    assert facts["claim"] == f"estimated, {found.trust['early'].grade}"
+    assert facts["effects"][0]["effect"] == pytest.approx(
+        float(found.effect(behaviour).mean()), abs=1e-6
+    )
+    with safe_open("model.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["culpa"])["claim"] == facts["claim"]
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = found.counterfactual("early")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    two = ask(*arguments, "--without", "late [bold]stage")
+    assert two.code == 2
+    assert "leaves out one stage" in two.err
+
+
+def test_the_page_shows_examples_only_when_asked(ask: Ask) -> None:
+    train()
+    by = ("--problem", "small:with_examples")
+    assert ask("audit", "run", *by, "--out", "found").code == 0
+    again = ("report", "found/audit.json", "--html", "page.html")
+    for more in (("--show", "as-is"), ("--run", "run")):
+        answer = ask(*again, *more)
+        assert answer.code == 2
+        assert "--show needs --run" in flat(answer.err)
+    assert ask(*again, "--run", "run", "--show", "small:nowhere").code == 2
+    assert ask(*again, "--run", "run", "--show", "small:words").code == 0
+    shown = Path("page.html").read_text()
+    assert ask(*again).code == 0
+    assert "in words: " in shown
+    assert "in words: " not in Path("page.html").read_text()
+    assert "in words: " not in Path("found/audit.html").read_text()
+    assert ask("audit", "run", *by, "--out", "found", "--show", "small:words").code == 0
+    assert "in words: " in Path("found/audit.html").read_text()
 
 
 def test_a_saved_model_has_the_same_bytes_every_time(ask: Ask) -> None:

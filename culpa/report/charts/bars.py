@@ -20,6 +20,7 @@ from culpa.report.charts.theme import (
 )
 from culpa.report.numbers import NOT_FINITE, finite, magnitude, signed
 
+NOT_KNOWN: Final = "not known"
 ROOMY: Final = 12
 """Up to so many stages have roomy rows; more stand closer together."""
 
@@ -31,7 +32,10 @@ def row_height(stages: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One stage on one behaviour. Numbers may be NaN or infinite; positive: the stage raised it."""
+    """One stage on one behaviour. Numbers may be NaN or infinite; positive: the stage raised it.
+
+    ``effect`` is ``None`` where it was neither estimated nor replayed.
+    """
 
     stage: str
     effect: float | None
@@ -172,9 +176,9 @@ def _bar_row(i: int, bar: Bar, limit: float) -> dict[str, Any]:
         "off": clamp(effect, limit) if effect is not None and beyond else None,
         "sign": "lowered" if effect is not None and effect < 0.0 else "raised",
         "g": grade_index(bar.grade),
-        "label": signed(bar.effect if bar.replayed is None else bar.replayed),
-        "effect_text": signed(bar.effect),
-        "score_text": signed(bar.score),
+        "label": in_words(bar.effect if bar.replayed is None else bar.replayed),
+        "effect_text": in_words(bar.effect),
+        "score_text": NOT_KNOWN if bar.effect is None else signed(bar.score),
         "replayed_text": "not replayed" if bar.replayed is None else signed(bar.replayed),
         "interval_text": _known(bar.interval),
         "floor_text": _known(bar.floor),
@@ -189,7 +193,12 @@ def _interval(bar: Bar) -> tuple[float | None, float | None]:
 
 
 def _known(value: float | None) -> str:
-    return "not known" if finite(value) is None else magnitude(value)
+    return NOT_KNOWN if finite(value) is None else magnitude(value)
+
+
+def in_words(effect: float | None) -> str:
+    """An effect with its sign, or that it is not known."""
+    return NOT_KNOWN if effect is None else signed(effect)
 
 
 def _name_axis(alt: Any) -> Any:
@@ -207,12 +216,14 @@ def _name_axis(alt: Any) -> Any:
 def _bars_left_out(bars: Sequence[Bar], limit: float) -> str:
     far = [f"{bar.stage} ({signed(bar.effect)})" for bar in bars if _beyond(bar.effect, limit)]
     lost = [bar.stage for bar in bars if bar.effect is not None and finite(bar.effect) is None]
-    lost += [bar.stage for bar in bars if bar.effect is None]
+    unknown = [bar.stage for bar in bars if bar.effect is None and bar.replayed is None]
     notes: list[str] = []
     if far:
         notes.append(f"Beyond the axis, drawn as an arrow at its edge: {', '.join(far)}.")
     if lost:
         notes.append(f"Estimate {NOT_FINITE}, no bar: {', '.join(lost)}.")
+    if unknown:
+        notes.append(f"Neither estimated nor replayed, no bar: {', '.join(unknown)}.")
     return " ".join(notes)
 
 
