@@ -4,8 +4,8 @@ A row is a feature and the test that holds it; docs/loops.md and docs/optimizers
 ``INTEGRATIONS`` below. A cell says yes only if that test, or a function of the tests that it uses,
 calls what the column is about, and the page the row is from does not say otherwise.
 
-Run it after changing tests or pages: ``python docs/compatibility.py``. A test fails when the page is
-stale.
+Run it after changing tests or pages: ``python docs/compatibility.py``. A test fails when the page
+is stale.
 """
 
 from __future__ import annotations
@@ -40,18 +40,32 @@ INTEGRATIONS = (
      f"{TRAINER}::test_dropout_beside_what_else_draws_or_computes_twice"),
     ("`transformers.Trainer`: `resume_from_checkpoint`",
      f"{TRAINER}::test_a_trainer_that_resumes_is_recorded_from_its_checkpoint_on"),
+    ("`transformers.Trainer`: several in sequence, stages of one run",
+     f"{TRAINER}::test_stages_of_trainers_in_sequence_are_attributed"),
     ("TRL: `SFTTrainer`, `DPOTrainer` (run where TRL is installed)",
      "tests/integrations/test_trl.py::test_a_trainer_of_trl"),
     ("Lightning: epochs, validation, accumulation, clipping, schedulers by step or epoch",
      f"{LIGHTNING}::test_without_an_update_against_a_loop_by_hand"),
-    ("Lightning: scores and effects", f"{LIGHTNING}::test_scores_and_effects_against_a_loop_by_hand"),
+    ("Lightning: scores and effects",
+     f"{LIGHTNING}::test_scores_and_effects_against_a_loop_by_hand"),
+    ("Lightning: `trainer.fit` once a stage",
+     f"{LIGHTNING}::test_two_fits_append_stages_to_one_run"),
     ("Accelerate: `prepare`, accumulation, clipping, bf16",
      "tests/integrations/test_accelerate.py"
      "::test_the_recipe_changes_nothing_and_every_update_replays"),
 )  # fmt: skip
 
-Row = tuple[str, list[str], str]
-"""A feature, its four cells, and its test."""
+MODELS = "tests/loops/test_models.py::test_a_model"
+BESIDE = {
+    "tests/loops/test_models.py::test_products_of_weight_norm_are_those_of_its_formula": MODELS,
+    "tests/loops/test_models.py::test_checkpointed_blocks_draw_their_masks_once_for_products": (
+        MODELS
+    ),
+}
+"""Tests that hold more of a feature than the one which docs/loops.md names."""
+
+Row = tuple[str, list[str], tuple[str, ...]]
+"""A feature, its four cells, and its tests."""
 
 
 @cache
@@ -91,9 +105,9 @@ def called(test: str) -> set[str]:
     return found
 
 
-def cells(test: str, recorded: str = "yes", modelled: str = "yes") -> list[str]:
-    """yes, what the page says instead, or nothing where the test does not try it."""
-    calls = called(test)
+def cells(tests: tuple[str, ...], recorded: str = "yes", modelled: str = "yes") -> list[str]:
+    """yes, what the page says instead, or nothing where no test tries it."""
+    calls = set[str]().union(*map(called, tests))
     made: list[str] = []
     for column, functions_of in COLUMNS.items():
         claim = recorded if column in ("record", "replay") else modelled
@@ -117,20 +131,44 @@ def of_loops() -> Iterator[Row]:
     for feature, recorded, modelled, test in table("loops.md"):
         named = test.strip("`")
         test = named if named.startswith("tests/") else f"tests/loops/{named}"
-        yield feature, cells(test, recorded, modelled), test
+        tests = (test, BESIDE[test]) if test in BESIDE else (test,)
+        yield feature, cells(tests, recorded, modelled), tests
 
 
 def of_optimizers() -> Iterator[Row]:
-    """docs/optimizers.md, whose columns are: class, derivative, record and replay, adjoint, tangent."""
-    test = "tests/dynamics/test_optimizer_table.py::test_the_row_is_true"
+    """docs/optimizers.md: class, derivative, record and replay, adjoint, tangent, notes."""
+    file = "tests/dynamics/test_optimizers.py"
+    both = (
+        "test_recorded_and_replayed_bit_for_bit",
+        "test_scores_and_effects_are_those_of_retraining",
+    )
+    own = {
+        "Muon": ("test_muon",),
+        "Rprop": (
+            both[0],
+            "test_rprop_is_replayed_and_embedded_by_differences_and_refused_otherwise",
+        ),
+        **dict.fromkeys(
+            ("LBFGS", "SparseAdam"), ("test_what_cannot_be_recorded_is_refused_by_name",)
+        ),
+    }
     for name, _, recorded, adjoint, tangent, _ in table("optimizers.md"):
-        yield f"`torch.optim.{name.strip('`')}`", [recorded, recorded, adjoint, tangent], test
+        bare = name.strip("`")
+        tests = tuple(f"{file}::{test}" for test in own.get(bare, both))
+        calls = set[str]().union(*map(called, tests))
+        found = [
+            claim if claim == "no" or functions_of & calls else ""
+            for claim, functions_of in zip(
+                [recorded, recorded, adjoint, tangent], COLUMNS.values(), strict=True
+            )
+        ]
+        yield f"`torch.optim.{bare}`", found, tests
 
 
 def of_integrations() -> Iterator[Row]:
     """The frameworks."""
     for feature, test in INTEGRATIONS:
-        yield feature, cells(test), test
+        yield feature, cells((test,)), (test,)
 
 
 def text() -> str:
@@ -153,8 +191,9 @@ def text() -> str:
     )
     for title, rows in sections:
         lines = [f"| Feature | {' | '.join(COLUMNS)} | Test |", "|---|---|---|---|---|---|"]
-        for feature, found, test in rows:
-            lines.append(f"| {feature} | {' | '.join(found)} | `{test}` |")
+        for feature, found, tests in rows:
+            named = ", ".join(f"`{test}`" for test in tests)
+            lines.append(f"| {feature} | {' | '.join(found)} | {named} |")
         parts += [f"## {title}", "\n".join(lines)]
     return re.sub(r"\|  (?=\|)", "| ", "\n\n".join(parts)) + "\n"
 

@@ -119,6 +119,9 @@ def test_without_an_update_against_a_loop_by_hand(tmp_path: Path) -> None:
         other.load_state_dict(truth, strict=False)
         truths.append(float(final - behaviour.values(other).mean()))
     assert culpa.agreement(scores, torch.tensor(truths, dtype=torch.float64)).pearson > 0.9
+    additive = culpa.embed(run, problem, form="additive").score(behaviour).mean()
+    assert float(additive) == pytest.approx(float(scores.sum()), rel=1e-3)
+    assert float(additive) == pytest.approx(sum(truths), rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +207,33 @@ def test_a_trainer_that_resumes_is_recorded_from_its_checkpoint_on(
     run = culpa.open_run(tmp_path / "run")
     fresh = problem_of(trainer(tmp_path / "fresh", llama(0.2), **options))
     assert same(trained(whole.model), culpa.replay(run, fresh).state)
+
+
+SECOND: dict[str, Any] = {"seed": 2, "learning_rate": 2e-3, "label_smoothing_factor": 0.1}
+
+
+def test_stages_of_trainers_in_sequence_are_attributed(tmp_path: Path) -> None:
+    model = llama()  # that they record and replay: test_sequence.py
+    for stage, options in (("one", {}), ("two", SECOND)):
+        job = trainer(tmp_path / stage, model, **options)
+        with record_trainer(job, tmp_path / "run", stage=stage, append=True):
+            job.train()
+    run = culpa.open_run(tmp_path / "run")
+    fresh = llama()
+    jobs = {
+        "one": trainer(tmp_path / "c", fresh),
+        "two": trainer(tmp_path / "d", fresh, **SECOND),
+    }
+    problem = culpa.Problem.by_stage({name: problem_of(job) for name, job in jobs.items()})
+    alone = llama()
+    trainer(tmp_path / "e", alone, **SECOND).train()
+    assert same(trained(alone), culpa.replay(run, problem, without="one").state)
+    behaviour = judged()
+    truth = behaviour.values(model) - behaviour.values(alone)
+    embedded = culpa.embed(run, problem, propagator=culpa.Secant(1)).effect(behaviour)[0]
+    assert torch.allclose(embedded, truth, rtol=0.05, atol=1e-4)
+    scores = culpa.attribute(run, problem, [behaviour]).stages[:, 0]
+    assert float(scores[0]) == pytest.approx(float(truth.mean()), rel=0.3)
 
 
 def test_misuse_is_named(tmp_path: Path) -> None:
