@@ -91,7 +91,7 @@ class Store:
             store.commit()
             files.flush_folder(folder)
             undo.callback(files.remove, folder / MANIFEST)  # there, but perhaps not for good
-            store._write_manifest()
+            store._write_manifest(manifest)
             undo.pop_all()
         return store
 
@@ -107,7 +107,7 @@ class Store:
             store = cls(folder, manifest, connection, pack, frozen)
             store._load()
             store._remove_orphans()
-            store._write_manifest()
+            store._write_manifest(manifest)
             undo.pop_all()
         return store
 
@@ -226,18 +226,19 @@ class Store:
         self._remove_orphans()
         if status == "recording":
             return
-        self.manifest = msgspec.structs.replace(closed, root_digest=root)
-        self._write_manifest()
+        self._write_manifest(msgspec.structs.replace(closed, root_digest=root))
 
     def truncate(self, reason: str) -> None:
         """Give up: back to the last commit, and say why in the manifest."""
         log.abandon(self._log)
         self._rows.close()
-        self.manifest = msgspec.structs.replace(self.manifest, status="truncated", reason=reason)
-        self._write_manifest()
+        self._write_manifest(
+            msgspec.structs.replace(self.manifest, status="truncated", reason=reason)
+        )
 
-    def _write_manifest(self) -> None:
-        files.write_durably(self.folder / MANIFEST, self.manifest.encode())
+    def _write_manifest(self, manifest: Manifest) -> None:
+        files.write_durably(self.folder / MANIFEST, manifest.encode())
+        self.manifest = manifest
 
     def _write_steps(self) -> None:
         if self._steps:
