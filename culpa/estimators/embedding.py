@@ -26,7 +26,7 @@ from culpa.trajectory.files import write_durably
 from culpa.trajectory.schema import Stage
 from culpa.tree import Tree
 
-FORMAT = 1
+FORMAT = 2
 
 
 class StageTrust(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-FORMAT = 1
+FORMAT = 2
 """Version of the run folder; a reader refuses any other."""
 MANIFEST, LOG, PACK, STATES, FROZEN = (
     "culpa.json",

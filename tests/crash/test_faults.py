@@ -14,6 +14,7 @@ import culpa
 from crash.faults import Disk, Platter
 from crash.harness import STEPS, fingerprint, train
 from culpa.trajectory import log
+from culpa.trajectory.schema import MANIFEST
 
 OPTIONS: dict[str, Any] = {"epochs": 1, "durability": culpa.Durability(seconds=60.0, updates=6)}
 
@@ -22,10 +23,17 @@ class Operations:
     """What a recording without a fault does to the disk, and where it ends."""
 
     def __init__(self, folder: Path) -> None:
+        begun: list[int] = []
+
+        def note(k: int, name: str) -> None:
+            if (folder / "whole" / MANIFEST).exists():
+                begun.append(k)
+
         with pytest.MonkeyPatch.context() as patch:
-            disk = Disk(patch)
+            disk = Disk(patch, before=note)
             self.final = fingerprint(train(folder / "whole", **OPTIONS))
         self.count = disk.count
+        self.begun = begun[0]  # the first manifest has its name, and is not yet durable
         self.kinds = set(disk.names)
 
 
@@ -105,6 +113,17 @@ def faults(folder: Path, operations: Operations, step: int, first: int = 0) -> i
 
 def test_training_survives_a_failing_disk(operations: Operations, tmp_path: Path) -> None:
     assert faults(tmp_path, operations, step=29, first=3) > 10
+
+
+def test_training_survives_a_fault_just_as_the_run_begins_and_ends(
+    operations: Operations, tmp_path: Path
+) -> None:
+    begins = range(operations.begun - 1, operations.begun + 2)
+    ends = range(operations.count - 6, operations.count)
+    for k in (*begins, *ends):
+        for until, half in ((k + 1, True), (10**9, False)):
+            assert fault(tmp_path / "run", operations.final, k, until, half=half) == 0, k
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 @pytest.mark.slow

@@ -374,7 +374,8 @@ def pages_that_point_at_themselves(path: Path) -> None:
 
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "version 2": {"format": 2},
+    "version 1": {"format": 1},
+    "version 3": {"format": 3},
     "version 0": {"format": 0},
     "version text": {"format": "1"},
     "version true": {"format": True},
