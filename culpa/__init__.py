@@ -1,69 +1,7 @@
 """culpa: which stage of training is to be credited or blamed for what a model does."""
 
-from culpa import behaviours as behaviours
-from culpa._version import __version__ as __version__
-from culpa.auditing.agreement import Agreement as Agreement
-from culpa.auditing.agreement import agreement as agreement
-from culpa.auditing.find import FoundUpdates as FoundUpdates
-from culpa.auditing.find import find_updates as find_updates
-from culpa.auditing.interactions import Interactions as Interactions
-from culpa.auditing.interactions import interactions as interactions
-from culpa.auditing.placebo import NoiseFloor as NoiseFloor
-from culpa.auditing.placebo import noise_floor as noise_floor
-from culpa.auditing.segments import segments as segments
-from culpa.behaviour import Behaviour as Behaviour
-from culpa.behaviours.classification import log_likelihood as log_likelihood
-from culpa.dynamics.identity import Identity as Identity
-from culpa.dynamics.krylov import Krylov as Krylov
-from culpa.dynamics.propagator import Exact as Exact
-from culpa.dynamics.secant import Secant as Secant
-from culpa.dynamics.structured import BlockWise as BlockWise
-from culpa.dynamics.structured import GaussNewton as GaussNewton
-from culpa.dynamics.structured import LayerWise as LayerWise
-from culpa.dynamics.structured import Subset as Subset
-from culpa.errors import BehaviourError as BehaviourError
-from culpa.errors import CulpaError as CulpaError
-from culpa.errors import EnvironmentDifference as EnvironmentDifference
-from culpa.errors import IntegrityError as IntegrityError
-from culpa.errors import NotReproducibleError as NotReproducibleError
-from culpa.errors import OptionError as OptionError
-from culpa.errors import ProblemError as ProblemError
-from culpa.errors import RecordError as RecordError
-from culpa.errors import RecordingStopped as RecordingStopped
-from culpa.errors import StageError as StageError
-from culpa.errors import StoreError as StoreError
-from culpa.errors import UnsupportedError as UnsupportedError
-from culpa.estimators.adjoint import Scores as Scores
-from culpa.estimators.adjoint import attribute as attribute
-from culpa.estimators.dvemb import DVEmbScores as DVEmbScores
-from culpa.estimators.dvemb import dvemb as dvemb
-from culpa.estimators.embed import embed as embed
-from culpa.estimators.embedding import StageEmbeddings as StageEmbeddings
-from culpa.estimators.from_checkpoints.compare import (
-    compare_with_recording as compare_with_recording,
-)
-from culpa.estimators.from_checkpoints.run import CheckpointRun as CheckpointRun
-from culpa.estimators.from_checkpoints.run import CheckpointStage as CheckpointStage
-from culpa.estimators.from_checkpoints.run import from_checkpoints as from_checkpoints
-from culpa.estimators.layers import LayerEffects as LayerEffects
-from culpa.estimators.layers import by_layer as by_layer
-from culpa.estimators.layers import effect_by_layer as effect_by_layer
-from culpa.estimators.smoothing import Smoothing as Smoothing
-from culpa.estimators.trust import Trust as Trust
-from culpa.problem import Problem as Problem
-from culpa.report.audit import Audit as Audit
-from culpa.report.audit import audit as audit
-from culpa.trajectory.checkpoints import All as All
-from culpa.trajectory.checkpoints import AtStages as AtStages
-from culpa.trajectory.checkpoints import Budget as Budget
-from culpa.trajectory.checkpoints import Every as Every
-from culpa.trajectory.checkpoints import Thinned as Thinned
-from culpa.trajectory.durability import Durability as Durability
-from culpa.trajectory.record import record as record
-from culpa.trajectory.recorder import Recorder as Recorder
-from culpa.trajectory.replay import Counterfactual as Counterfactual
-from culpa.trajectory.replay import replay as replay
-from culpa.trajectory.run import Run as Run
-from culpa.trajectory.run import open_run as open_run
-from culpa.trajectory.schema import Stage as Stage
-from culpa.trajectory.verify import Verified as Verified
+import lazy_loader  # pyright: ignore[reportMissingTypeStubs]
+
+# The public names stand in __init__.pyi. Importing all of them takes half a second, which a
+# command's --help, or a script that only records, need not wait for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -34,7 +34,12 @@ CONTRACT = {
 # What a dependency of ours needs and does not declare.
 FOR_OTHERS = {"accelerate"}
 # Where a distribution's name is not the name it is imported by.
-IMPORTED_AS = {"vl-convert-python": "vl_convert", "scikit-learn": "sklearn", "pillow": "PIL"}
+IMPORTED_AS = {
+    "lazy-loader": "lazy_loader",
+    "vl-convert-python": "vl_convert",
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+}
 
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 
@@ -131,8 +136,8 @@ def public_names() -> dict[str, object]:
     """What the façade offers: everything in it but modules and private names."""
     import culpa
 
-    everything = vars(culpa).items()
-    return {n: v for n, v in everything if n[0] != "_" and not isinstance(v, ModuleType)}
+    everything = {name: getattr(culpa, name) for name in dir(culpa)}
+    return {n: v for n, v in everything.items() if n[0] != "_" and not isinstance(v, ModuleType)}
 
 
 def test_every_public_name_has_a_docstring() -> None:
@@ -141,12 +146,14 @@ def test_every_public_name_has_a_docstring() -> None:
 
 
 def test_the_facade_offers_the_contract() -> None:
+    from culpa import CulpaError
+
     names = public_names()
     assert not CONTRACT - set(names)
     classes = [value for value in names.values() if isinstance(value, type)]
     errors = [value for value in classes if issubclass(value, Exception)]
     assert len(errors) > 1
-    assert all(issubclass(error, names["CulpaError"]) for error in errors)
+    assert all(issubclass(error, CulpaError) for error in errors)
 
 
 def test_the_changelog_knows_this_version() -> None:
@@ -155,8 +162,17 @@ def test_the_changelog_knows_this_version() -> None:
     assert f"## [{culpa.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_import_culpa_loads_a_module_only_when_a_name_of_it_is_used() -> None:
+    program = "import sys, culpa; culpa.CulpaError; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True
+    )
+    assert done.stdout.split() == [b"False"]
+
+
 def test_import_culpa_brings_no_extra_and_no_framework() -> None:
-    program = f"import sys, culpa; print(*sorted({NOT_WITH_CULPA!r} & set(sys.modules)))"
+    every_name = "[getattr(culpa, name) for name in culpa.__all__]"
+    program = f"import sys, culpa; {every_name}; print(*{NOT_WITH_CULPA!r} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         cwd=ROOT,

@@ -1,0 +1,70 @@
+# Every public name and where it is defined: read by type checkers, and by the lazy façade
+# beside it, which imports a module when one of its names is first asked for.
+
+from . import behaviours as behaviours
+from ._version import __version__ as __version__
+from .auditing.agreement import Agreement as Agreement
+from .auditing.agreement import agreement as agreement
+from .auditing.find import FoundUpdates as FoundUpdates
+from .auditing.find import find_updates as find_updates
+from .auditing.interactions import Interactions as Interactions
+from .auditing.interactions import interactions as interactions
+from .auditing.placebo import NoiseFloor as NoiseFloor
+from .auditing.placebo import noise_floor as noise_floor
+from .auditing.segments import segments as segments
+from .behaviour import Behaviour as Behaviour
+from .behaviours.classification import log_likelihood as log_likelihood
+from .dynamics.identity import Identity as Identity
+from .dynamics.krylov import Krylov as Krylov
+from .dynamics.propagator import Exact as Exact
+from .dynamics.secant import Secant as Secant
+from .dynamics.structured import BlockWise as BlockWise
+from .dynamics.structured import GaussNewton as GaussNewton
+from .dynamics.structured import LayerWise as LayerWise
+from .dynamics.structured import Subset as Subset
+from .errors import BehaviourError as BehaviourError
+from .errors import CulpaError as CulpaError
+from .errors import EnvironmentDifference as EnvironmentDifference
+from .errors import IntegrityError as IntegrityError
+from .errors import NotReproducibleError as NotReproducibleError
+from .errors import OptionError as OptionError
+from .errors import ProblemError as ProblemError
+from .errors import RecordError as RecordError
+from .errors import RecordingStopped as RecordingStopped
+from .errors import StageError as StageError
+from .errors import StoreError as StoreError
+from .errors import UnsupportedError as UnsupportedError
+from .estimators.adjoint import Scores as Scores
+from .estimators.adjoint import attribute as attribute
+from .estimators.dvemb import DVEmbScores as DVEmbScores
+from .estimators.dvemb import dvemb as dvemb
+from .estimators.embed import embed as embed
+from .estimators.embedding import StageEmbeddings as StageEmbeddings
+from .estimators.from_checkpoints.compare import (
+    compare_with_recording as compare_with_recording,
+)
+from .estimators.from_checkpoints.run import CheckpointRun as CheckpointRun
+from .estimators.from_checkpoints.run import CheckpointStage as CheckpointStage
+from .estimators.from_checkpoints.run import from_checkpoints as from_checkpoints
+from .estimators.layers import LayerEffects as LayerEffects
+from .estimators.layers import by_layer as by_layer
+from .estimators.layers import effect_by_layer as effect_by_layer
+from .estimators.smoothing import Smoothing as Smoothing
+from .estimators.trust import Trust as Trust
+from .problem import Problem as Problem
+from .report.audit import Audit as Audit
+from .report.audit import audit as audit
+from .trajectory.checkpoints import All as All
+from .trajectory.checkpoints import AtStages as AtStages
+from .trajectory.checkpoints import Budget as Budget
+from .trajectory.checkpoints import Every as Every
+from .trajectory.checkpoints import Thinned as Thinned
+from .trajectory.durability import Durability as Durability
+from .trajectory.record import record as record
+from .trajectory.recorder import Recorder as Recorder
+from .trajectory.replay import Counterfactual as Counterfactual
+from .trajectory.replay import replay as replay
+from .trajectory.run import Run as Run
+from .trajectory.run import open_run as open_run
+from .trajectory.schema import Stage as Stage
+from .trajectory.verify import Verified as Verified
