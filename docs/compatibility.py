@@ -56,10 +56,34 @@ INTEGRATIONS = (
 )  # fmt: skip
 
 MODELS = "tests/loops/test_models.py::test_a_model"
+COUPLING = "tests/dynamics/test_coupling_optimizers.py"
+STATISTICS = "tests/estimators/test_running_statistics.py"
+ADAPTERS = "tests/integrations/test_adapters.py"
+OWN = "tests/dynamics/test_user_optimizer.py"
 BESIDE = {
-    "tests/loops/test_models.py::test_products_of_weight_norm_are_those_of_its_formula": MODELS,
+    "tests/loops/test_models.py::test_products_of_weight_norm_are_those_of_its_formula": (MODELS,),
     "tests/loops/test_models.py::test_checkpointed_blocks_draw_their_masks_once_for_products": (
-        MODELS
+        MODELS,
+    ),
+    f"{COUPLING}::test_scores_and_effects_are_those_of_retraining": (
+        f"{COUPLING}::test_recorded_and_replayed_bit_for_bit",
+    ),
+    f"{COUPLING}::test_a_coupling_of_parameters_is_noticed_and_no_score_trusted": (
+        f"{COUPLING}::test_recorded_and_replayed_bit_for_bit",
+    ),
+    f"{OWN}::test_scores_and_effects_are_those_of_retraining": (
+        f"{OWN}::test_recorded_and_replayed_bit_for_bit",
+    ),
+    f"{ADAPTERS}::test_without_a_stage_against_the_loop_by_hand": (
+        f"{ADAPTERS}::test_scores_and_effects_go_through_wrapping_and_merging",
+    ),
+    f"{ADAPTERS}::test_the_merge_is_that_of_peft_bit_for_bit": (
+        f"{ADAPTERS}::test_without_a_stage_against_the_loop_by_hand",
+        f"{ADAPTERS}::test_scores_and_effects_go_through_wrapping_and_merging",
+    ),
+    f"{STATISTICS}::test_stages_against_retraining": (
+        f"{STATISTICS}::test_scores_are_those_of_the_unrolled_run",
+        "tests/trajectory/test_jobs.py::test_without_a_job_against_a_loop_that_skips_it",
     ),
 }
 """Tests that hold more of a feature than the one which docs/loops.md names."""
@@ -131,7 +155,7 @@ def of_loops() -> Iterator[Row]:
     for feature, recorded, modelled, test in table("loops.md"):
         named = test.strip("`")
         test = named if named.startswith("tests/") else f"tests/loops/{named}"
-        tests = (test, BESIDE[test]) if test in BESIDE else (test,)
+        tests = (test, *BESIDE.get(test, ()))
         yield feature, cells(tests, recorded, modelled), tests
 
 

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from culpa import tree
-from culpa.errors import NotReproducibleError, RecordError
+from culpa.errors import IntegrityError, NotReproducibleError, RecordError
 from culpa.problem import Problem
 from culpa.trajectory import rng
 from culpa.trajectory.chain import StepDetail
@@ -120,7 +120,16 @@ def _execute_again(
         engine.load(before.state)
         if before.fresh:
             engine.reset_optimizer()
-        done = engine.execute(record, [b for b, _ in drawn], [r for _, r in drawn])
+        try:
+            done = engine.execute(record, [b for b, _ in drawn], [r for _, r in drawn])
+        except IntegrityError as error:
+            raise RecordError(
+                f"update {index} could not be executed again:"
+                f" {type(error.__cause__).__name__}: {error.__cause__}. A replay calls the"
+                " optimizer's step() after backward(), without a closure, and with its state as it"
+                " was recorded; an optimizer that evaluates the loss itself inside of a step (SAM)"
+                " cannot be recorded."
+            ) from error
         return done.grads, engine.state(), rng.capture()
 
 

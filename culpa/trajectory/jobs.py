@@ -157,8 +157,9 @@ def _require_same(run: Run, state: State, observer: Observer) -> None:
     if wrong:
         raise ProblemError(
             f"the model is not the one recorded in {run.path}: {'; '.join(wrong[:5])}. One run is"
-            " of one module: let it have from the beginning what trains later, or record a run of"
-            " its own."
+            " of one module: let it have from the beginning what trains later. If it has new"
+            " parameters (a new head, adapters), go on with culpa.grow(run, path, model); if names"
+            " changed, culpa.Grown keeps them."
         )
     recorded = State(run.frozen_parameters() | state.params, state.buffers).flat()
     live = State(

@@ -117,7 +117,7 @@ class Observer:
                 " after the last update: something changed the model outside of optimizer.step()"
                 " (an average of weights swapped in, clamping, a forward pass in training mode"
                 " between updates). A replay could not repeat that; record such jobs as runs of"
-                " their own."
+                " their own. Adapters can be merged by an update: culpa.integrations.adapters."
             )
 
     def followed_by(self, optimizer: Stepper) -> Observer:

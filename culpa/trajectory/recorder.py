@@ -67,7 +67,8 @@ class Recorder(Watch):
             raise UnsupportedError(
                 f"stage {name!r} brings a problem of another module. One run is of one module: let"
                 " it have from the beginning what trains later (a new head, adapters), and hand its"
-                " parameters to the optimizer of that stage; or record the stage as its own run."
+                " parameters to the optimizer of that stage. If recording is over, culpa.grow makes"
+                " it a run of the larger model, which culpa.record(append=True) goes on with."
             )
         self._end_stage()
         if problem is not None:

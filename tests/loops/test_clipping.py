@@ -58,6 +58,17 @@ def test_clipping_by_value(bound: float, tmp_path: Path) -> None:
     assert_modelled(loop, run, again)
 
 
+@pytest.mark.parametrize("bound", [0.05, 10.0])
+def test_clipping_by_norm(bound: float, tmp_path: Path) -> None:
+    def by_norm(model: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), bound)
+
+    loop = clipped(by_norm, clip_grad_norm=bound)
+    run, again = assert_replayed(loop, tmp_path / "run")
+    assert run.step(3).clip_grad_norm == bound
+    assert_modelled(loop, run, again)
+
+
 def record_of(**clipping: float) -> StepRecord:
     facts: dict[str, Any] = dict.fromkeys(("weights", "clip_grad_norm"))
     return StepRecord(
