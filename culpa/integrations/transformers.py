@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -29,6 +30,8 @@ from culpa.trajectory.recorder import Recorder
 
 ITEMS, ACCUMULATION, INPUTS = "num_items_in_batch", "accumulation", "inputs"
 """What a recorded micro-batch holds: the trainer's inputs, and what its loss is divided by."""
+_COUNTS = {torch.int64: "int64", torch.int32: "int32", torch.float32: "float32"}
+"""The dtypes that ``num_items_in_batch`` has; by name they are plain values."""
 
 
 def problem_of(trainer: Trainer, *, example_losses: Loss | None = None) -> Problem:
@@ -37,7 +40,9 @@ def problem_of(trainer: Trainer, *, example_losses: Loss | None = None) -> Probl
     Args:
         trainer: built as the training script did; it need not have been trained.
         example_losses: for scores of training examples: ``(model, batch) -> [B]`` whose mean is
-            the loss. ``batch["inputs"]`` is what the trainer's collator made.
+            the loss of the micro-batch, as the trainer divides it. ``batch["inputs"]`` is what the
+            trainer's collator made, ``count_of(batch)`` the ``num_items_in_batch``, and
+            ``batch["accumulation"]`` the number of micro-batches of the update.
 
     Raises:
         UnsupportedError: for a trainer that spreads its model or its loss over processes.
@@ -73,13 +78,34 @@ class _LossOf:
             trainer, "current_gradient_accumulation_steps", int(batch[ACCUMULATION])
         )
         with micro_batches, replaced(trainer.accelerator, "backward", keep):
-            trainer.training_step(model, inputs, batch[ITEMS])
+            trainer.training_step(model, inputs, count_of(batch, trainer.args.device))
         if len(found) != 1:
             raise UnsupportedError(
                 f"{type(trainer).__name__}.training_step called accelerator.backward {len(found)}"
                 " times for one batch; culpa records trainers that call it once."
             )
         return found[0]
+
+
+def count_of(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Any:
+    """The ``num_items_in_batch`` of a recorded micro-batch, as the trainer passed it.
+
+    Returns:
+        A 0-dimensional tensor, a number, or ``None``.
+    """
+    found = batch[ITEMS]
+    if not isinstance(found, Mapping):
+        return found
+    count = cast("Mapping[str, Any]", found)
+    dtype = {name: dtype for dtype, name in _COUNTS.items()}[count["dtype"]]
+    return torch.tensor(count["value"], dtype=dtype, device=device)
+
+
+def _plain(items: Any) -> Any:
+    """A count as plain values: beside a tensor of no dimension, a batch's rows are no examples."""
+    if isinstance(items, Tensor) and items.ndim == 0 and items.dtype in _COUNTS:
+        return {"value": items.item(), "dtype": _COUNTS[items.dtype]}
+    return items
 
 
 @dataclass
@@ -93,6 +119,24 @@ class TrainerRecording:
 
     path: Path
     recorder: Recorder | None = None
+    _stage: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    def begin_stage(self, name: str) -> None:
+        """From the next update on, the updates are another stage: for callbacks of a trainer.
+
+        Call it between two updates: in ``on_step_end`` or ``on_epoch_begin``.
+
+        Raises:
+            StageError: if the name was used, or no update was made since the stage began.
+            RecordError: before training has begun.
+        """
+        if self.recorder is None:
+            raise RecordError(
+                f"begin_stage({name!r}): training has not begun; its first stage is named by"
+                " record_trainer(stage=...)."
+            )
+        self._stage.close()
+        self._stage.enter_context(self.recorder.stage(name))
 
     @property
     def num_steps(self) -> int:
@@ -118,7 +162,7 @@ def record_trainer(
     Raises:
         RecordError: if nothing was trained inside, or the training does what a replay could not.
         UnsupportedError: for trainers over several processes.
-        and whatever ``culpa.record`` raises.
+        CulpaError: what ``culpa.record`` raises besides.
     """
     taken = sorted({"scheduler", "scaler", "clip_grad_norm"} & options.keys())
     if taken:
@@ -126,11 +170,9 @@ def record_trainer(
             f"record_trainer takes {', '.join(taken)} from the trainer; leave it out."
         )
     recording = TrainerRecording(Path(path))
-    problem = problem_of(trainer)
+    _require_one_process(trainer)
     opened = ExitStack()
-    watcher = _Watcher(
-        recording, lambda: _start(trainer, problem, recording, opened, stage, options)
-    )
+    watcher = _Watcher(recording, lambda: _start(trainer, recording, opened, stage, options))
     with ExitStack() as restore:
         trainer.add_callback(watcher)
         restore.callback(trainer.remove_callback, watcher)
@@ -151,7 +193,6 @@ def record_trainer(
 
 def _start(
     trainer: Trainer,
-    problem: Problem,
     recording: TrainerRecording,
     opened: ExitStack,
     stage: str,
@@ -166,7 +207,7 @@ def _start(
     recorder = opened.enter_context(
         record(
             recording.path,
-            problem,
+            problem_of(trainer),  # only now: with model_init, train() has made another model
             optimizer,
             scheduler=trainer.lr_scheduler,
             scaler=scaler,
@@ -174,8 +215,9 @@ def _start(
             **options,
         )
     )
-    opened.enter_context(recorder.stage(stage))
+    opened.enter_context(recording._stage)  # pyright: ignore[reportPrivateUsage]
     recording.recorder = recorder
+    recording.begin_stage(stage)
 
 
 class _Watcher(TrainerCallback):
@@ -206,7 +248,7 @@ class _Watcher(TrainerCallback):
         if recorder is None or not batches:
             return
         self.leave_unfinished()
-        facts = {ITEMS: items, ACCUMULATION: len(batches)}
+        facts = {ITEMS: _plain(items), ACCUMULATION: len(batches)}
         micro = [{INPUTS: dict(batch), **facts} for batch in batches]
         # training_step has divided by everything already.
         self._update = recorder.step(*micro, weights=[1.0] * len(micro))

@@ -20,6 +20,7 @@ pytestmark = [
 import culpa
 from culpa.errors import OptionError, RecordError
 from culpa.integrations.transformers import problem_of, record_trainer
+from integrations.by_hand import retrained, spied
 from integrations.llama import collate, llama, sentences, trainer
 
 
@@ -34,56 +35,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def judged(count: int = 3) -> culpa.Behaviour:
     batch = collate(sentences(count, seed=9))
     return culpa.behaviours.sequence_log_likelihood("likelihood", batch, per="token")
-
-
-def spied(job: Any) -> tuple[list[list[dict[str, Tensor]]], list[float]]:
-    """Trains, keeping the inputs of every micro-batch by update and the rate of every update."""
-    updates: list[list[dict[str, Tensor]]] = [[]]
-    rates: list[float] = []
-    step = job.training_step
-
-    def keep(model: nn.Module, inputs: dict[str, Tensor], items: Any = None) -> Tensor:
-        if len(updates[-1]) == job.args.gradient_accumulation_steps:
-            updates.append([])
-            rates.append(job.lr_scheduler.get_last_lr()[0])
-        if not rates:
-            rates.append(job.lr_scheduler.get_last_lr()[0])
-        updates[-1].append({k: v.clone() for k, v in inputs.items()})
-        return step(model, inputs, items)
-
-    job.training_step = keep
-    job.train()
-    return updates, rates
-
-
-def by_hand(
-    model: nn.Module, updates: list[list[dict[str, Tensor]]], rates: list[float], without: int
-) -> dict[str, Tensor]:
-    """The trainer's recipe, from its documentation: token-weighted loss, clipping, AdamW."""
-    decayed = [p for n, p in model.named_parameters() if "norm" not in n and "bias" not in n]
-    others = [p for n, p in model.named_parameters() if "norm" in n or "bias" in n]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
-    model.train()
-    for at, (micro, rate) in enumerate(zip(updates, rates, strict=True)):
-        if at == without:
-            continue
-        tokens = sum(int((m["labels"][:, 1:] != -100).sum()) for m in micro)
-        for inputs in micro:
-            found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            flat = nn.functional.cross_entropy(
-                found.logits[:, :-1].flatten(0, 1),
-                inputs["labels"][:, 1:].flatten(),
-                ignore_index=-100,
-                reduction="sum",
-            )
-            (flat / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-    return trained(model)
 
 
 def test_the_trainer_trains_as_before_and_every_update_replays(tmp_path: Path) -> None:
@@ -101,7 +52,7 @@ def test_the_trainer_trains_as_before_and_every_update_replays(tmp_path: Path) -
 
 
 def test_without_an_update_against_a_loop_by_hand(tmp_path: Path) -> None:
-    updates, rates = spied(trainer(tmp_path / "spied"))
+    seen = spied(trainer(tmp_path / "spied"))
     job = trainer(tmp_path / "job")
     with record_trainer(job, tmp_path / "run", stage="sft"):
         job.train()
@@ -112,7 +63,7 @@ def test_without_an_update_against_a_loop_by_hand(tmp_path: Path) -> None:
     truths: list[float] = []
     for k in range(6):
         without = culpa.replay(run, problem, without=[k])
-        truth = by_hand(llama(), updates, rates, k)
+        truth = retrained(llama(), seen, [k])
         for name, value in truth.items():
             assert torch.allclose(without.state[name], value, atol=2e-5), (k, name)
         other = llama()

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+trl = pytest.importorskip("trl", reason="trl is not installed: pip install culpa[trl]")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
 import culpa
+from culpa.integrations.trainer_checks import checks_of
+from culpa.integrations.trainer_output import from_trainer_output
 from culpa.integrations.transformers import problem_of, record_trainer
+from integrations.by_hand import retrained, spied
 from integrations.llama import VOCABULARY, collate, llama, sentences
 from oracles.compare import assert_close
 
@@ -41,7 +44,7 @@ def words(seed: int) -> list[str]:
     return [" ".join(f"w{i}" for i in row["input_ids"]) for row in sentences(8, seed)]
 
 
-def trainer(kind: str, folder: Path) -> Any:
+def trainer(kind: str, folder: Path, dropout: float = 0.1, **options: Any) -> Any:
     """8 sentences, 2 an update, adapters with dropout."""
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 2,
@@ -57,9 +60,9 @@ def trainer(kind: str, folder: Path) -> Any:
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "max_length": 16,
-    }
+    } | options
     adapters = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"
+        r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="CAUSAL_LM"
     )
     if kind == "sft":
         rows, config, chosen = {"text": words(0)}, trl.SFTConfig, trl.SFTTrainer
@@ -101,3 +104,34 @@ def test_a_trainer_of_trl(tmp_path: Path, kind: str) -> None:
     scores = culpa.attribute(run, problem, [behaviour]).steps[:, 0]
     truths = [culpa.replay(run, problem, without=[k]).effect(behaviour).mean() for k in range(4)]
     assert_close(scores, torch.stack(truths), 0.4)  # first order, of adapters that start at zero
+
+
+def test_supervised_fine_tuning_that_is_over(tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    first = trainer("sft", tmp_path / "output", **saving)
+    first.train()
+    again = trainer("sft", tmp_path / "output", **saving)
+    run = from_trainer_output(tmp_path / "output", again, path=tmp_path / "run")
+    assert [check.bitwise for check in checks_of(run)] == [True, True]
+    assert checks_of(run)[0].compared == ("adapters", "optimizer", "scheduler")
+    state = culpa.replay(run, problem_of(trainer("sft", tmp_path / "fresh"))).state
+    assert all(torch.equal(v, state[n]) for n, v in adapters_of(first).items())
+
+
+def test_supervised_fine_tuning_without_an_update_against_a_loop_by_hand(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 0.5}
+    options |= {"gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    seen = spied(trainer("sft", tmp_path / "spied", 0.0, **options))
+    assert len(seen.updates) == 4
+    job = trainer("sft", tmp_path / "job", 0.0, **options)
+    with record_trainer(job, tmp_path / "run", stage="sft"):
+        job.train()
+    run, problem = culpa.open_run(tmp_path / "run"), problem_of(job)
+    full = adapters_of(job)
+    for without in ([], [0], [2], [3]):
+        fresh = trainer("sft", tmp_path / "fresh", 0.0, **options).model
+        truth = retrained(fresh, seen, without)
+        found = culpa.replay(run, problem, without=without).state
+        for name, value in truth.items():
+            assert torch.allclose(found[name], value, atol=2e-5), (without, name)
+        assert without == [] or any(not torch.allclose(full[n], truth[n], atol=2e-4) for n in full)
