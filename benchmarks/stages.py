@@ -93,18 +93,13 @@ def examine(rate: float, seed: int, folder: Path) -> dict[str, Any]:
 
     def note(label: str, found: culpa.StageEmbeddings, seconds: float, linear: bool) -> None:
         values = [found.score(b) if linear else found.effect(b) for b in asked]
+        by_set = [
+            [culpa.agreement(v[i], t).pearson for v, t in zip(values, truth[i], strict=True)]
+            for i in range(len(STAGES))
+        ]
         rows[label] = {
-            "pearson": [
-                float(
-                    np.mean(
-                        [
-                            culpa.agreement(v[i], t).pearson
-                            for v, t in zip(values, truth[i], strict=True)
-                        ]
-                    )
-                )
-                for i in range(len(STAGES))
-            ],
+            "pearson": [float(np.mean(row)) for row in by_set],
+            "by_test_set": by_set,
             "grades": [found.trust[s.name].grade for s in run.stages],
             "trainings": seconds / training,
         }
@@ -138,7 +133,11 @@ def main() -> None:
                 mean = np.mean([r["pearson"] for r in rows], axis=0)
                 spent = np.mean([r["trainings"] for r in rows])
                 shown = " ".join(f"{x:6.3f}" for x in mean)
-                print(f"  {label:30s} {shown}   {spent:5.1f} trainings   {rows[0]['grades']}")
+                least = np.mean([r["by_test_set"] for r in rows], axis=0).min()
+                print(
+                    f"  {label:30s} {shown}   least {least:.4f}   {spent:5.1f} trainings  "
+                    f" {rows[0]['grades']}"
+                )
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy
 
 import culpa
 
-SETTINGS = (("mlp", 0.003), ("mlp", 0.01), ("wide", 0.003), ("conv", 0.01))
+SETTINGS = (("mlp", 0.003), ("mlp", 0.01), ("wide", 0.003), ("conv", 0.003), ("conv", 0.01))
 FRACTION, PROBES = 0.25, 6
 STAGES = tuple((f"{9 * i} degrees", 9.0 * i) for i in range(10))
 

@@ -62,9 +62,18 @@ class LocalLoss:
         return self._kept[key]
 
     def away(self, displacement: Tree) -> Tree:
-        """theta_k - D: computed once for one dictionary, which propagator and optimizer share."""
-        if self._away is None or self._away[0] is not displacement:
+        """theta_k - D: computed once for one dictionary, which propagator and optimizer share.
+
+        Valid until the next dictionary: stages take turns in one piece of memory, which stays in
+        the processor's cache.
+        """
+        if self._away is None:
             self._away = displacement, tree.subtract(self.params, displacement)
+        elif self._away[0] is not displacement:
+            there = self._away[1]
+            for name, value in self.params.items():
+                torch.sub(value, displacement[name], out=there[name])
+            self._away = displacement, there
         return self._away[1]
 
     def moving(self, whole: Tree) -> Tree:

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from culpa.behaviour import Behaviour, evaluation_mode
+from culpa.behaviour import Behaviour
 from culpa.dynamics import choice as choices
-from culpa.dynamics import statistics
 from culpa.dynamics.local import differentiable_twice
 from culpa.dynamics.propagator import Exact, Propagator
 from culpa.dynamics.running import floating
 from culpa.dynamics.structured import GaussNewton
 from culpa.dynamics.updates import Rules
 from culpa.errors import OptionError, UnsupportedError
+from culpa.estimators.curved import Curvature, curvature, mean_at, second_order
 from culpa.estimators.effects import running_statistics
 from culpa.estimators.smoothing import Smoothing, Trajectory, summarise
 from culpa.estimators.sweep import Adjoint, Sweep
@@ -36,12 +36,12 @@ PATH_SUM = "path sum without propagation (detects, does not predict)"
 
 @dataclass(frozen=True)
 class Scores:
-    """The effect of every update on every behaviour, to first order. Positive: it raised it.
+    """The effect of every update on every behaviour. Positive: it raised it.
 
     Attributes:
         steps: float64 ``[num_steps, num_behaviours]``, in each behaviour's unit (Estimator 4.2).
         stages: float64 ``[num_stages, num_behaviours]``: sums of steps (Estimator 4.3), in the
-            order of ``run.stages``.
+            order of ``run.stages``; at order 2 with the second-order term of the sum.
         examples: float64 ``[num_distinct_training_examples, num_behaviours]`` or ``None``: the
             effect of the example's gradient in all updates that used it.
         trust: one record per update.
@@ -85,6 +85,7 @@ def attribute(
     propagator: Propagator | None = None,
     counterfactual: str = "skip",
     examples: bool = False,
+    order: int = 1,
     smoothing: Smoothing | None = None,
     allow_drift: bool = False,
     progress: Progress | None = None,
@@ -112,6 +113,10 @@ def attribute(
             batch as it was; what the others, and the running statistics, owe to its presence is no
             example's. Cost: little with exact products, which share their derivatives; else a
             gradient an update.
+        order: 1, the paper's; or 2, with the curvature of the behaviour along what each update did
+            to the final parameters (curved.py), in ``steps`` and ``stages``, not in ``examples``.
+            Under Adam, whose last updates are as large as any, that can be most of what order 1
+            leaves out (docs/results/updates.md). Cost: eight more adjoints for each behaviour.
         smoothing: score along perturbed trajectories as well, such as ``culpa.Smoothing()``, for
             runs whose sweep explodes (growth beyond 40, or scores graded "not identified").
         allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
@@ -130,6 +135,8 @@ def attribute(
         IntegrityError: if an update does not reproduce.
     """
     check_counterfactual(counterfactual)
+    if order not in (1, 2):
+        raise OptionError(f"order must be 1 or 2, got {order!r}.")
     if isinstance(behaviours, Behaviour) or not behaviours:
         raise OptionError(f"attribute needs a list of behaviours, got {behaviours!r}.")
     if examples and problem.example_losses is None:
@@ -141,43 +148,43 @@ def attribute(
     rules = Rules(problem.optimizers)
     for k in _optimizer_changes(run):
         rules.require_differentiable(run.step(k).groups)
+    width = len(behaviours)
     watch, perturbed = progress or Silent(), smoothing.trajectories if smoothing else 0
     watch.start("attribute", run.num_steps * (1 + perturbed))
     try:
         with session(run, problem, allow_drift) as engine:
             ended = run.final_state(), run.final_buffers()
-            adjoints = _adjoints(run, problem, behaviours, ended, running)
+            adjoints, bent = _adjoints(run, problem, behaviours, ended, running, order)
             choice = choices.settle(
                 propagator or Exact(),
                 choices.surveyed(run, engine, problem, 0),
-                [p.params for p in adjoints],
+                [p.params for p in adjoints[:width]],
                 length=run.num_steps,
                 fallback=GaussNewton() if propagator is None else None,
             )
             exact, again = choice.propagator, [copy(choice) for _ in range(perturbed)]
             asked = run, rules, counterfactual, examples, watch
-            sweep = Sweep(problem, adjoints, choice, run.num_steps, running)
+            sweep = Sweep(problem, adjoints, width, choice, run.num_steps, running)
             observed = sweep.along(backward(run, engine), *asked)
-            swept = [observed]
+            swept = [(observed, bent)]
             starts = smoothing.starts(run) if smoothing else iter(())
             for start, its_choice in zip(starts, again, strict=True):
                 path = Trajectory(run, engine, start)
                 ended = run.frozen_parameters() | path.final.params, path.final.buffers
-                adjoints = _adjoints(run, problem, behaviours, ended, running)
-                sweep = Sweep(problem, adjoints, its_choice, run.num_steps, running)
-                swept.append(sweep.along(path.backward(), *asked))
+                adjoints, bent = _adjoints(run, problem, behaviours, ended, running, order)
+                sweep = Sweep(problem, adjoints, width, its_choice, run.num_steps, running)
+                swept.append((sweep.along(path.backward(), *asked), bent))
     finally:
         watch.finish()
-    steps, by_example, spread = observed.steps, observed.examples, None
+    bounds = [(s.start, s.stop) for s in run.stages]
+    scored = [second_order(one.steps, bounds, bent) for one, bent in swept]
+    parts = [one.examples[:, :width] for one, _ in swept if one.examples is not None]
+    (steps, stages), by_example, spread = scored[0], parts[0] if parts else None, None
     if perturbed:
-        steps, spread = summarise(torch.stack([one.steps for one in swept]))
-        parts = [one.examples for one in swept if one.examples is not None]
+        steps, spread = summarise(torch.stack([single for single, _ in scored]))
+        whole = torch.stack([together for _, together in scored])
+        stages = summarise(whole)[0] if order == 2 else second_order(steps, bounds, ())[1]
         by_example = summarise(torch.stack(parts))[0] if parts else None
-    stages = (
-        torch.stack([steps[s.start : s.stop].sum(0) for s in run.stages])
-        if run.stages
-        else steps[:0]
-    )
     return Scores(
         steps,
         stages,
@@ -200,11 +207,17 @@ def _adjoints(
     behaviours: Sequence[Behaviour],
     ended: tuple[Tree, Tree],
     running: Sequence[str],
-) -> list[Adjoint]:
-    """p_K of every behaviour, for a trajectory that ended with these parameters and buffers."""
+    order: int,
+) -> tuple[list[Adjoint], list[Curvature]]:
+    """p_K of every behaviour, for a trajectory that ended with these parameters and buffers.
+
+    At order 2 the directions in which each behaviour is curved follow, and its curvature.
+    """
     trained = run.state(run.num_steps).params.keys()
     found = [gradients_of(problem, b, *ended, trained, running) for b in behaviours]
-    return [Adjoint(slope, statistics=moving) for slope, moving in found]
+    adjoints = [Adjoint(slope, statistics=moving) for slope, moving in found]
+    bent = [curvature(problem, b, *ended, trained) for b in behaviours] if order == 2 else []
+    return [*adjoints, *(Adjoint(u) for one in bent for u in one.directions)], bent
 
 
 def gradients_of(
@@ -225,21 +238,10 @@ def gradients_of(
         name: value.detach().clone().requires_grad_()
         for name, value in floating({name: buffers[name] for name in running}).items()
     }
-    with evaluation_mode(problem.model), torch.enable_grad(), differentiable_twice():
-        everything = params | leaves, buffers | moving
-        values = behaviour.checked(
-            statistics.evaluate(problem, behaviour.function, *everything, behaviour.batch)
-        )
-        if not values.requires_grad:
-            raise OptionError(
-                f"behaviour {behaviour.name!r} is not differentiable in the parameters, so it has"
-                " no first-order scores. Use StageEmbeddings.effect or culpa.replay, which only"
-                " evaluate it."
-            )
-        inputs = [*leaves.values(), *moving.values()]
-        found = torch.autograd.grad(
-            values.mean(), inputs, allow_unused=True, materialize_grads=True
-        )
+    value = mean_at(problem, behaviour, params, buffers, leaves, moving)
+    inputs = [*leaves.values(), *moving.values()]
+    with differentiable_twice():
+        found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
     for name, slope in zip((*leaves, *moving), found, strict=True):
         if slope.layout is not torch.strided:
             raise UnsupportedError(

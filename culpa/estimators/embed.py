@@ -48,7 +48,8 @@ def embed(
             which says what is different there.
         problem: the problem it was recorded with; its model is borrowed and left as it was.
         stages: names; default all, or none where ``updates`` are given.
-        updates: single updates to embed as well, by index: ``emb["update 7"]``.
+        updates: single updates to embed as well, by index: ``emb["update 7"]`` (Estimator 4.1;
+            with ``order=2`` its second-order terms too, which ``culpa.attribute`` leaves out).
         propagator: default, where no more than two stages are to be embedded in the block form:
             none, they are replayed exactly, which costs less than any sweep (``facts["strategy"]``
             says so). Else ``Exact(at="gauss")``: at practical learning rates the paper's curvature,
@@ -129,14 +130,14 @@ def embed(
                         transition,
                         local,
                         choice.propagator,
-                        transition.index in where[one.stage.name],
+                        where[one.stage.name].get(transition.index, 0),
                     )
                 watch.advance()
     finally:
         watch.finish()
     final = run.final_state()
     size = tree.norm(run.state(run.num_steps).params)
-    trust = {one.stage.name: _trust(one, run.num_steps, size) for one in carried}
+    trust = {one.stage.name: _trust(one, size) for one in carried}
     facts = {
         "form": form,
         "order": str(order),
@@ -165,12 +166,11 @@ def _wanted(run: Run, stages: Sequence[str] | None, updates: Sequence[int]) -> S
     return [*(run.stage(name) for name in dict.fromkeys(names)), *single]
 
 
-def _trust(one: Carried, num_steps: int, size: float) -> StageTrust:
+def _trust(one: Carried, size: float) -> StageTrust:
     """The residual is the error that the remainders measured add up to, relative to D."""
-    now, after = tree.norm(one.displacement), num_steps - one.stage.stop
+    now = tree.norm(one.displacement)
     growth = now / one.at_stage_end if one.at_stage_end > 0.0 else 1.0
-    error = one.error(after)
-    residual = error / now if now > 0.0 else error
+    residual = one.error / now if now > 0.0 else one.error
     relative = now / size if size > 0.0 else float("inf")
     diverged = not tree.is_finite(one.displacement)
     grade = NOT_IDENTIFIED if diverged else grade_stage(growth, residual)

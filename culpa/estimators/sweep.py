@@ -64,6 +64,8 @@ class Sweep:
     """Carries the adjoints backwards, update by update.
 
     Args:
+        adjoints: those of the behaviours first.
+        behaviours: how many adjoints are of behaviours; trust is about those.
         choice: what it multiplies by; its fallback, if any, for all earlier updates once the
             products are more than ``UPDATE_DOUBTFUL`` off or the adjoint has grown more than
             ``GROWTH_DOUBTFUL``-fold.
@@ -74,12 +76,14 @@ class Sweep:
         self,
         problem: Problem,
         adjoints: Sequence[Adjoint],
+        behaviours: int,
         choice: Choice,
         num_steps: int,
         running: Sequence[str] = (),
     ) -> None:
         self.problem = problem
         self.adjoints = adjoints
+        self.asked = adjoints[:behaviours]
         self.running = running
         self.choice = choice
         self.fallback: int | None = None
@@ -123,7 +127,7 @@ class Sweep:
 
     def trust(self, rules: Rules, transition: Transition, moved: Tree) -> Trust:
         """The trust in the scores of the update that the adjoints stand behind."""
-        growth = max(p.growth for p in self.adjoints)
+        growth = max(p.growth for p in self.asked)
         start = tree.norm(transition.before.params)
         displacement = tree.norm(moved) / start if start > 0.0 else float("inf")
         gap = mismatch(rules, transition)
@@ -180,13 +184,13 @@ class Sweep:
 
     def _probe(self, local: LocalLoss, raw: Sequence[Tree], curved: Sequence[Tree]) -> None:
         """Compare one product with the Hessian's one update later; fall back if that is too far."""
-        q = max(range(len(raw)), key=lambda q: tree.norm(raw[q]))
+        q = max(range(len(self.asked)), key=lambda q: tree.norm(raw[q]))
         later = local.around(local.transition.after.params)
         (truth,) = hessian.products(later, later.params, [raw[q]], self.choice.reference)
         size = tree.norm(truth)
         gap = tree.norm(tree.subtract(truth, curved[q]))
         self._residuals.append(gap / size if size > 0.0 else float(gap > 0.0))
-        exploded = max(p.growth for p in self.adjoints) > GROWTH_DOUBTFUL
+        exploded = max(p.growth for p in self.asked) > GROWTH_DOUBTFUL
         rough = len(self._residuals) >= SETTLED and self.residual > UPDATE_DOUBTFUL
         instead = self.choice.fallback
         if instead is not None and self.fallback is None and (exploded or rough):

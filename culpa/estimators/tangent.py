@@ -36,7 +36,7 @@ class Carried(ABC):
             ``Additive``, in ``Block`` the counterfactual's; ``statistics`` the displacement of r.
         at_stage_end: the norm of the displacement there.
         remainders, squares, probed: the sum of the remainders measured so far, that of their
-            squared norms, and their number.
+            squared norms, each times the updates it stands for, and whether there are any.
         independent: whether the remainders of different updates are, as those of samples are.
     """
 
@@ -49,7 +49,7 @@ class Carried(ABC):
     at_stage_end: float = 0.0
     remainders: Tree = field(default_factory=dict[str, Tensor])
     squares: float = 0.0
-    probed: int = 0
+    probed: bool = False
     independent: bool = False
 
     @abstractmethod
@@ -59,9 +59,14 @@ class Carried(ABC):
         transition: Transition,
         local: LocalLoss,
         propagator: Propagator,
-        probe: bool,
+        probe: int,
     ) -> None:
-        """Carry the displacement through one observed update."""
+        """Carry the displacement through one observed update.
+
+        Args:
+            rules, transition, local, propagator: the update, and what it is carried by.
+            probe: for how many updates this one's remainder stands; 0: it is not measured.
+        """
 
     def note(
         self,
@@ -70,22 +75,23 @@ class Carried(ABC):
         local: LocalLoss,
         slots: Slots,
         bent: Tree,
+        probe: int,
     ) -> None:
-        """Measure this update's remainder."""
+        """Measure this update's remainder, which stands for ``probe`` updates."""
         left = remainder(rules, transition, local, self.displacement, slots, bent)
-        self.remainders, self.probed = tree.add(self.remainders, left), self.probed + 1
-        self.squares += tree.dot(left, left)
+        self.remainders = tree.add(self.remainders, tree.scale(float(probe), left))
+        self.squares += probe * tree.dot(left, left)
+        self.probed = True
 
-    def error(self, updates: int) -> float:
-        """The size of the error that so many updates make: the remainders measured stand for all.
+    @property
+    def error(self) -> float:
+        """The size of the error that the updates after the stage make.
 
-        Independent ones add up as their squares do. nan where none was measured.
+        Independent remainders add up as their squares do. nan where none was measured.
         """
         if not self.probed:
             return float("nan")
-        if self.independent:
-            return math.sqrt(self.squares * updates / self.probed)
-        return tree.norm(self.remainders) * updates / self.probed
+        return math.sqrt(self.squares) if self.independent else tree.norm(self.remainders)
 
 
 class Block(Carried):
@@ -111,7 +117,7 @@ class Block(Carried):
         transition: Transition,
         local: LocalLoss,
         propagator: Propagator,
-        probe: bool,
+        probe: int,
     ) -> None:
         """Carry the displacement through one observed update."""
         k, record = transition.index, transition.record
@@ -148,7 +154,7 @@ class Block(Carried):
             if self.apart is not None:
                 slots = difference(transition.before.slots, self.apart)
             self.independent = isinstance(propagator, Secant)
-            self.note(rules, transition, there, slots, bent)
+            self.note(rules, transition, there, slots, bent, probe)
         if self.apart is not None:
             linear = local.once("derivative", lambda: _derivative(rules, transition))
             self.displacement, self.apart = updates.carry(
@@ -218,7 +224,7 @@ class Additive(Carried):
         transition: Transition,
         local: LocalLoss,
         propagator: Propagator,
-        probe: bool,
+        probe: int,
     ) -> None:
         """Carry the displacement through one observed update."""
         k, record = transition.index, transition.record
@@ -239,7 +245,7 @@ class Additive(Carried):
                 bent = tree.add(bent, gained)
             bent = local.moving(bent)
             if probe and k >= self.stage.stop:
-                self.note(rules, transition, there, transition.before.slots, bent)
+                self.note(rules, transition, there, transition.before.slots, bent, probe)
             self.displacement, self.slots = updates.pushforward(
                 rules,
                 record.groups,

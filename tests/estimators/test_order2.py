@@ -139,7 +139,7 @@ def test_the_score_is_the_behaviour_to_second_order(tmp_path: Path) -> None:
 def test_a_displacement_that_diverged_is_not_identified(value: float) -> None:
     one = Block(Stage("early", 0, 1), "skip", displacement={"w": torch.tensor([value])})
     one.at_stage_end = 1.0
-    assert _trust(one, 4, 1.0).grade == "not identified"
+    assert _trust(one, 1.0).grade == "not identified"
 
 
 def normed(norm: nn.Module, path: Path) -> tuple[LocalLoss, Any]:
