@@ -47,5 +47,9 @@ class OptionError(CulpaError):
     """An argument outside of what a function accepts."""
 
 
+class ResourceError(CulpaError):
+    """A forecast says that memory or disk would not suffice for a job."""
+
+
 class RecordingStopped(CulpaError, UserWarning):  # noqa: N818 (a warning, not an error)
     """A warning: the disk failed, so recording ended early while training went on."""

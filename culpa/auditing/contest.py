@@ -21,6 +21,10 @@ SOURCE = (
 )
 
 
+FIXED = 0.2
+"""Trainings added to every price when worth is compared."""
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of one stage's effect on one behaviour: value plus or minus ``half``."""
@@ -76,6 +80,21 @@ def urgency(known: Sequence[Mapping[str, Known]]) -> dict[str, float]:
                 width = min(1.0, 2.0 * of_behaviour[name].half / spread)
                 worth[name] = worth.get(name, 0.0) + width + (name == one.leader)
     return worth
+
+
+def most_urgent_first(
+    worth: Mapping[str, float], prices: Mapping[str, float], left: float
+) -> list[str]:
+    """The stages in the order in which to replay them.
+
+    Where what is ``left`` pays for all of them, by their worth: the fewest replays settle it. Else
+    by worth for the price (``FIXED`` keeps a stage that costs nothing from coming first whatever it
+    is worth). Of equal ones the cheapest comes first: where nothing is identified, the latest
+    stages leave most of the budget for the others.
+    """
+    scarce = sum(prices[name] for name in worth) > left
+    value = {n: round(worth[n] / (prices[n] + FIXED if scarce else 1.0), 9) for n in worth}
+    return sorted(worth, key=lambda name: (-value[name], prices[name]))
 
 
 def settled(known: Mapping[str, Known]) -> bool:

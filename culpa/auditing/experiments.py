@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from culpa.auditing.floor import NEUTRAL, ROUNDING
 from culpa.auditing.ledger import Ledger
+from culpa.auditing.prices import price
 from culpa.auditing.record import PlaceboFinding, Spending
-from culpa.auditing.tasks import Bench, Executor, Outcome, Task, cost
+from culpa.auditing.tasks import Bench, Executor, Outcome, Task
 
 ROUNDING_ERROR = 1e-9
 """Sums of costs may exceed the budget by this."""
@@ -40,7 +41,7 @@ class Experiments:
 
     def price(self, *tasks: Task) -> float:
         """What these cost, in trainings."""
-        return sum(cost(self.bench.run, task) for task in tasks)
+        return sum(price(self.bench.run, task.start, task.stop) for task in tasks)
 
     def run(self, tasks: Sequence[tuple[str, Task]]) -> list[Outcome]:
         """Execute tasks, each with the words that the accounts use for it."""
@@ -69,14 +70,14 @@ class Experiments:
 
     def charge(self, spending: Spending) -> None:
         """Account for updates executed otherwise than by a task."""
-        price = spending.updates / self.bench.run.num_steps
-        self.left -= price
-        self.used += price
+        paid = spending.updates / self.bench.run.num_steps
+        self.left -= paid
+        self.used += paid
         self.spent.append(spending)
 
     def _charge(self, what: str, task: Task, outcome: Outcome) -> None:
-        price = self.price(task)
-        self.left -= price
-        self.used += price
+        paid = self.price(task)
+        self.left -= paid
+        self.used += paid
         self.claims.append(outcome.claim)
         self.spent.append(Spending(what=what, updates=outcome.updates, seconds=outcome.seconds))

@@ -12,9 +12,11 @@ import numpy as np
 from culpa._version import __version__
 from culpa.auditing import findings
 from culpa.auditing.again import CHOSEN
+from culpa.auditing.contest import most_urgent_first
 from culpa.auditing.experiments import Experiments
 from culpa.auditing.intervals import Estimate
 from culpa.auditing.ledger import Ledger
+from culpa.auditing.prices import replaying_costs_less
 from culpa.auditing.ranking import Ranking, chaos, first_placebo, neutral_update, rank
 from culpa.auditing.record import AuditRecord
 from culpa.auditing.screen import (
@@ -31,7 +33,6 @@ from culpa.auditing.segments import segments_of
 from culpa.auditing.tasks import Bench, Executor, Outcome, Serial, Task
 from culpa.behaviour import Behaviour
 from culpa.dynamics.propagator import Propagator
-from culpa.dynamics.secant import Secant
 from culpa.errors import OptionError, StageError, UnsupportedError
 from culpa.estimators.trust import NOT_IDENTIFIED
 from culpa.problem import Problem
@@ -42,8 +43,6 @@ from culpa.trajectory.staging import UNNAMED
 
 FEW = 8
 """Stages of fewer updates are not searched for single ones."""
-REPLAY, PRODUCTS = 1.3, 5.0
-"""Gradients an update: to execute and check it; of ``embed`` for a stage that lies behind."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +169,11 @@ def _replaying_all_is_cheaper(
     experiments: Experiments, removals: dict[str, Task], propagator: Propagator | None
 ) -> bool:
     """Whether the budget pays for all replays and an embedding of all stages would cost more."""
-    run = experiments.bench.run
-    behind = sum(run.num_steps - task.stop for task in removals.values()) / run.num_steps
-    products = 2.0 * propagator.fraction if isinstance(propagator, Secant) else PRODUCTS
-    estimating = REPLAY + products * behind
-    replaying = REPLAY * experiments.price(*removals.values())
-    return experiments.affords(*removals.values()) and replaying <= estimating
+    replays = experiments.price(*removals.values())
+    stops = [task.stop for task in removals.values()]
+    return experiments.affords(*removals.values()) and replaying_costs_less(
+        experiments.bench.run, stops, replays, propagator
+    )
 
 
 def _prove(
@@ -185,9 +183,10 @@ def _prove(
     removals: dict[str, Task],
 ) -> tuple[Ranking, str]:
     """Replay the most urgent stage, again and again; the ranking, and why it stopped."""
+    prices = {name: experiments.price(task) for name, task in removals.items()}
     while True:
         ranking = rank(experiments, found, truths, removals)
-        wanted = sorted(ranking.urgency, key=lambda name: -ranking.urgency[name])
+        wanted = most_urgent_first(ranking.urgency, prices, experiments.left)
         if not wanted:
             if all(ranking.settled):
                 return (
@@ -197,7 +196,7 @@ def _prove(
             return ranking, "stages that are tied for first place differ by less than chaos does"
         affordable = [name for name in wanted if experiments.affords(removals[name])]
         if not affordable:
-            cheapest = min(experiments.price(removals[name]) for name in wanted)
+            cheapest = min(prices[name] for name in wanted)
             return ranking, (
                 f"the budget was used up: {experiments.left:.2f} trainings left, and the cheapest"
                 f" replay still worth making costs {cheapest:.2f}"

@@ -62,7 +62,8 @@ def rank(
             replayed = name in truths
             value = truths[name].effects[q] if replayed else found[name].effects[q]
             half = (0.0 if replayed else halves[name]) + (0.0 if math.isnan(floor) else floor)
-            if not math.isfinite(value):
+            if math.isinf(half) or not math.isfinite(value):
+                # An estimate that is not identified leads no contest and widens no spread.
                 value, half = 0.0, math.inf
             of_stage[name] = Known(value, half, replayed)
             unknown = math.isinf(half) or (replayed and math.isnan(floor))

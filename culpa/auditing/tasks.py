@@ -206,9 +206,3 @@ class Bench:
             seconds=time.monotonic() - began,
             claim=found.claim,
         )
-
-
-def cost(run: Run, task: Task) -> float:
-    """What a task costs, in trainings: the updates executed over those of the run."""
-    first = run.kept_before(task.start)
-    return (run.num_steps - first - (task.stop - task.start)) / run.num_steps

@@ -13,11 +13,14 @@ from rich.markup import escape
 
 import culpa
 from culpa.auditing.again import options_of, require_same_run
-from culpa.cli.audits import print_audit, reproduced, show, work_folder
+from culpa.cli.audits import export, print_audit, reproduced, show, work_folder
 from culpa.cli.estimate import estimated
+from culpa.cli.forecast import announce, forecast
+from culpa.cli.options import AllowDrift, Anyway, AsJson, ProblemName, Removal, RunPath, ShowName
 from culpa.cli.outcome import replayed, replayed_facts
 from culpa.cli.problem import load_problem, load_show
 from culpa.cli.progress import shown
+from culpa.cli.reproduce import reproduce
 from culpa.cli.screen import inspection
 from culpa.cli.summary import summarize
 from culpa.errors import OptionError
@@ -35,47 +38,6 @@ app = typer.Typer(
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
-RunPath = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", help="The folder given to culpa.record, or an address such as s3://..."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead.")]
-AllowDrift = Annotated[
-    bool,
-    typer.Option(
-        "--allow-drift",
-        help="In another environment: measure the drift and go on, instead of refusing.",
-    ),
-]
-ProblemName = Annotated[
-    str,
-    typer.Option(
-        "--problem",
-        metavar="MODULE:FUNCTION",
-        help=(
-            "A function without arguments that returns (problem, behaviours); found like an import "
-            "from the current folder."
-        ),
-    ),
-]
-ShowName = Annotated[
-    str | None,
-    typer.Option(
-        "--show",
-        metavar="as-is|MODULE:FUNCTION",
-        help=(
-            "Show training examples in the page: as they are, or what a function makes of each, a"
-            " text or a tensor."
-        ),
-    ),
-]
-Removal = Annotated[
-    str,
-    typer.Option(help="What 'without' means: skip, restart or zero-gradient.", metavar="MEANING"),
-]
-
 
 @app.command()
 def demo(
@@ -85,6 +47,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of initial weights and shuffling.")] = 0,
     optimizer: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
     budget: Annotated[float, typer.Option(help="Trainings to spend on replays.")] = 1.0,
+    json: AsJson = False,
 ) -> None:
     """Train four stages on real digits, one of them mislabelled, and find the culprit.
 
@@ -95,11 +58,13 @@ def demo(
 
     with shown(err) as progress:
         run, problem, behaviours = train(folder / "run", seed=seed, optimizer=optimizer)
-        out.print(
+        err.print(
             f"Trained and recorded {run.num_steps} updates in {len(run.stages)} stages: {run.path}"
         )
         audit = culpa.audit(run, problem, behaviours, budget=budget, progress=progress)
-    show(out, audit, folder, run=run, decoder=picture)
+    show(out, audit, folder, json=json, run=run, decoder=picture)
+    if json:
+        return
     out.print(
         f"Look again: culpa inspect {run.path}   Prove it: culpa verify {run.path} --problem"
         " culpa.experiments.demo:problem"
@@ -128,11 +93,13 @@ def audit(
         ),
     ] = None,
     examples: ShowName = None,
+    anyway: Anyway = False,
     json: AsJson = False,
 ) -> None:
     """Attribute behaviours to the stages and updates of a run, and replay the main ones.
 
-    Every result is kept in OUT/work as it comes; --resume takes what is there.
+    Says beforehand what it will take. Every result is kept in OUT/work as it comes: after Ctrl-C,
+    --resume takes what is there and goes on.
 
     Example: culpa audit culpa-demo/run --problem culpa.experiments.demo:problem
     """
@@ -144,6 +111,8 @@ def audit(
         require_same_run(old, run.root_digest)
         budget, counterfactual, allow_drift = options_of(old)
     into = folder or Path(f"{path.rstrip('/')}-audit")
+    if old is None:
+        announce(err, run, task, behaviours, budget=budget, folder=into, anyway=anyway)
     with shown(err) as progress:
         found = culpa.audit(
             run,
@@ -175,6 +144,16 @@ def report(
     run: Annotated[
         str | None, typer.Option(metavar="RUN", help="With --show: the run that was audited.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write a model card's section here.", metavar="FILE")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write the charts here, as PNG.", metavar="FOLDER")
+    ] = None,
+    tables: Annotated[
+        Path | None, typer.Option(help="Also write Parquet tables here.", metavar="FOLDER")
+    ] = None,
+    json: AsJson = False,
 ) -> None:
     """Show an audit again, and write its HTML page.
 
@@ -186,8 +165,14 @@ def report(
         raise OptionError("--show needs --run, where the examples are, and --run needs --show.")
     of = None if run is None else culpa.open_run(run)
     found.to_html(target, run=of, show=load_show(examples))
+    written = export(found, markdown=markdown, figures=figures, tables=tables)
+    if json:
+        _print_json({"report": str(target), "written": [str(path) for path in written]})
+        return
     print_audit(out, found)
-    out.print(f"Report: {target}")
+    out.print(f"Report: {escape(str(target))}")
+    for path in written:
+        out.print(f"Wrote {escape(str(path))}")
 
 
 @app.command()
@@ -238,6 +223,10 @@ def verify(
         _print_json({"run": path, "level": level, "intact": True, **asdict(found)})
         return
     out.print(f"{escape(path)} is intact: {found}")
+
+
+app.command()(forecast)
+app.command()(reproduce)
 
 
 @app.command()

@@ -12,8 +12,9 @@ from rich.markup import escape
 import culpa
 from culpa.auditing.again import compare
 from culpa.auditing.record import AuditRecord
-from culpa.errors import IntegrityError
+from culpa.errors import IntegrityError, StoreError
 from culpa.report.showing import Show
+from culpa.trajectory.files import write_durably
 from culpa.trajectory.run import Run
 
 
@@ -60,6 +61,24 @@ def print_audit(out: Console, found: culpa.Audit) -> None:
         out.print(escape(line))
     for caution in found.record.cautions:
         out.print(f"[dim]Note: {escape(caution)}")
+
+
+def export(
+    found: culpa.Audit, *, markdown: Path | None, figures: Path | None, tables: Path | None
+) -> list[Path]:
+    """Write what was asked for besides the page; the files."""
+    written: list[Path] = []
+    if markdown is not None:
+        try:
+            write_durably(markdown, found.to_markdown().encode())
+        except OSError as error:
+            raise StoreError(f"cannot write {markdown}: {error}.") from error
+        written.append(markdown)
+    if figures is not None:
+        written += found.to_figures(figures)
+    if tables is not None:
+        written += found.to_parquet(tables)
+    return written
 
 
 def reproduced(old: AuditRecord, new: AuditRecord) -> str:

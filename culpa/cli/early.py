@@ -20,7 +20,7 @@ import torch
 
 from culpa.trajectory.environment_fields import MOST_THREADS, NOWHERE, VARIABLES, matters
 
-COMMANDS = ("replay", "verify", "audit")
+COMMANDS = ("replay", "verify", "audit", "forecast")
 MARK = "CULPA_STARTED_ANEW"
 PLAIN = re.compile(r"[\w:,.+-]{1,64}")
 

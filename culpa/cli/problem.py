@@ -6,6 +6,7 @@ import importlib
 import sys
 from typing import Any
 
+from culpa.auditing.forecasting.plan import Plan
 from culpa.behaviour import Behaviour
 from culpa.errors import OptionError
 from culpa.problem import Problem
@@ -34,6 +35,22 @@ def load_problem(name: str) -> tuple[Problem, list[Behaviour]]:
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Problem)):  # pyright: ignore[reportUnknownArgumentType]
         raise OptionError(f"--problem {name} must return (culpa.Problem, [culpa.Behaviour, ...]).")
     return made  # pyright: ignore[reportUnknownVariableType]
+
+
+def load_plan(name: str) -> tuple[Plan, list[Behaviour]]:
+    """Call ``module:function``, which returns a plan, or ``(plan, behaviours)``.
+
+    Raises:
+        OptionError: if there is no such function or it returns something else.
+    """
+    made: Any = load_function("--problem", name)()
+    plan, behaviours = made if isinstance(made, tuple) and len(made) == 2 else (made, [])  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if not isinstance(plan, Plan):
+        raise OptionError(
+            f"without a RUN, --problem {name} must return a culpa.Plan, or (culpa.Plan,"
+            " [culpa.Behaviour, ...])."
+        )
+    return plan, behaviours  # pyright: ignore[reportUnknownVariableType]
 
 
 def load_function(option: str, name: str) -> Any:

@@ -8,6 +8,7 @@ import re
 import msgspec
 import torch
 
+from culpa.auditing.prices import PRODUCTS, REPLAY
 from culpa.dynamics import running
 from culpa.dynamics.updates import Rules
 from culpa.errors import CulpaError
@@ -15,9 +16,9 @@ from culpa.trajectory import environment
 from culpa.trajectory.environment import Difference
 from culpa.trajectory.run import Run
 
-REPLAY, SWEEP, PROBE, PRODUCTS = 1.3, 3.2, 3.0, 5.0
-"""Gradients an update: to execute and check it; of ``attribute`` for one behaviour besides, and at
-its 16 probes; of ``embed`` for a stage that lies behind. Measured in processor time on a perceptron
+SWEEP, PROBE = 3.2, 3.0
+"""Gradients an update: of ``attribute`` for one behaviour besides its execution, and at its 16
+probes (the others are in auditing/prices.py). Measured in processor time on a perceptron
 784-512-512-10 with batches of 512; where a gradient takes under a millisecond, everything around
 it makes it up to twice as much."""
 PROBES = 16
@@ -135,14 +136,22 @@ def _stage(run: Run, at: int) -> StageLine:
 
 
 def _jobs(run: Run) -> list[Job]:
-    plain, why, count = run.manifest.plain_seconds, _no_first_order(run), max(1, run.num_steps)
-    attribute = REPLAY + SWEEP + PROBE * min(PROBES, count) / count
-    embed = REPLAY + PRODUCTS * sum(count - stage.stop for stage in run.stages) / count
+    plain, why = run.manifest.plain_seconds, _no_first_order(run)
     return [
-        _job("replay", "", "the true effect of a stage", REPLAY, plain),
-        _job("attribute", why, "a score for every update", attribute, plain),
-        _job("embed", why, "a model without each stage", embed, plain),
+        _job("replay", "", "the true effect of a stage", trainings(run, "replay"), plain),
+        _job("attribute", why, "a score for every update", trainings(run, "attribute"), plain),
+        _job("embed", why, "a model without each stage", trainings(run, "embed"), plain),
     ]
+
+
+def trainings(run: Run, job: str) -> float:
+    """What a job takes, roughly, in trainings of the run: nothing is executed to know it."""
+    count = max(1, run.num_steps)
+    if job == "attribute":
+        return REPLAY + SWEEP + PROBE * min(PROBES, count) / count
+    if job == "embed":
+        return REPLAY + PRODUCTS * sum(count - stage.stop for stage in run.stages) / count
+    return REPLAY
 
 
 def _job(name: str, problem: str, why: str, trainings: float, plain: float) -> Job:

@@ -16,7 +16,7 @@ from culpa.dynamics.propagator import Propagator
 from culpa.errors import StoreError
 from culpa.problem import Problem
 from culpa.progress import Progress
-from culpa.report import html, table, trackers
+from culpa.report import figures, frames, html, markdown, table, trackers
 from culpa.report.conduct import conduct
 from culpa.report.showing import Show
 from culpa.trajectory.files import write_durably
@@ -66,6 +66,26 @@ class Audit:
             write_durably(Path(path), encode(self.record))
         except OSError as error:
             raise StoreError(f"cannot write the audit to {path}: {error}.") from error
+
+    def to_markdown(self) -> str:
+        """A section "Training accountability" for a model card, in Hugging Face's Markdown."""
+        return markdown.to_markdown(self.record)
+
+    def to_figures(self, folder: str | Path, kind: str = "png") -> list[Path]:
+        """Write every chart into ``folder`` as "png" or "svg". Needs ``culpa[report]``.
+
+        Returns:
+            The files: ``stages-0.png`` and ``updates-0.png`` for the first behaviour, and so on.
+        """
+        return figures.write(self.record, Path(folder), kind)
+
+    def to_parquet(self, folder: str | Path) -> list[Path]:
+        """Write stages, updates, layers and examples as Parquet. Needs ``culpa[tables]``.
+
+        Returns:
+            The files; a table without rows has none.
+        """
+        return frames.write(self.record, Path(folder))
 
     def log_to(self, tracker: Any) -> None:
         """Log table, figures and report to an experiment tracker, the root digest as a tag.
@@ -142,7 +162,7 @@ def audit(
         StageError: if the run has no stages.
         OptionError: for a negative budget or two behaviours of one name.
         StoreError: if ``work`` cannot be written.
-        and whatever ``attribute``, ``embed`` and ``replay`` raise.
+        CulpaError: what ``attribute``, ``embed`` and ``replay`` raise besides.
     """
     options = Options(budget, counterfactual, propagator, allow_drift)
     folder = None if work is None else Path(work)

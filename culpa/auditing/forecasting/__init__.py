@@ -1,0 +1,1 @@
+"""What a job will take of time, disk and memory, before it runs."""
