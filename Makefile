@@ -4,12 +4,14 @@
 #   PIP_FLAGS=...        more options for pip install (another index, a wheel folder)
 #   PYTEST_FLAGS=...     more options for pytest:  make unit PYTEST_FLAGS="-k store -x"
 #   DEMO_FLAGS=...       options of `culpa demo`
+#   REPRODUCE_FLAGS=...  options of `culpa reproduce`, such as --data FOLDER
 
 SHELL := bash
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+REPRODUCE_FLAGS ?=
 WORKERS ?= 2
 
 DEV := .venv
@@ -23,7 +25,7 @@ export MKL_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint types contracts unit slow clean python-version
+.PHONY: help demo test docs bench reproduce lint types contracts unit slow clean python-version
 
 help:  ## what there is to make (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,15 +53,22 @@ contracts: $(DEV)/.installed  ## import-linter: imports point one way
 unit: $(DEV)/.installed  ## pytest, with the README's example
 	$(DEV)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(PYTEST_FLAGS)
 
+docs: $(DEV)/.installed  ## the documentation: docs/_build/html/index.html
+	$(DEV)/bin/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "Written: docs/_build/html/index.html"
+
 bench: $(DEV)/.installed  ## what recording costs (three minutes): benchmarks/results/recording.json
 	$(DEV)/bin/python benchmarks/recording.py
+
+reproduce: $(DEV)/.installed  ## the paper's experiments at small scale, resumable: docs/results
+	$(DEV)/bin/culpa reproduce all --out docs/results --drop-runs $(REPRODUCE_FLAGS)
 
 slow: $(DEV)/.installed  ## the long ones: hundreds of kills, every fault in turn
 	$(DEV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
 
-clean:  ## remove environments, caches, build output and the demo's folder
+clean:  ## remove environments, caches, build output, what demo and reproduce made
 	rm -rf $(DEV) $(DEMO) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf build dist culpa.egg-info culpa-demo
+	rm -rf build dist culpa.egg-info culpa-demo culpa-reproduce docs/_build
 	find culpa tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip names every package several times. What stays: large downloads, what was installed, warnings

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from culpa.errors import OptionError, ProblemError
 from culpa.shortcuts import without_shortcuts
+from culpa.swap import Places
 from culpa.tree import Tree
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -63,6 +63,7 @@ class Problem:
                     f" {one!r}. Pass the class itself, not an optimizer."
                 )
         self.model = model
+        self._places = Places(model)
         self.loss = loss
         self.example_losses = example_losses
         self.optimizers = tuple(optimizers)
@@ -139,7 +140,7 @@ class Problem:
         self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
     ) -> Any:
         """As ``call_at``, but modules read and write the very tensors ``buffers``."""
-        with without_shortcuts(), _swapped(self.model, {**params, **buffers}):
+        with without_shortcuts(), self._places.swapped({**params, **buffers}):
             return function(self.model, batch)
 
 
@@ -195,56 +196,6 @@ def _stage_unknown(_model: nn.Module, _batch: Any) -> Tensor:
     raise ProblemError(
         "this problem has one loss for every stage, and no stage was named: problem.of(stage)."
     )
-
-
-_Place = tuple[dict[str, Any], str, Tensor]
-"""Where a module holds a tensor: its dictionary, the key there, and the tensor itself."""
-
-
-def _places(model: nn.Module) -> dict[str, list[_Place]]:
-    """Everywhere the model holds each tensor, by the first name, which ``named_parameters`` gives.
-
-    Found anew for every call, since a model may change in between; ``functional_call`` does the
-    same at three times the cost, which for a small network was a tenth of a gradient.
-    """
-    found: dict[str, list[_Place]] = {}
-    first: dict[int, str] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        seen.add(id(module))
-        for held in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
-            for key, tensor in held.items():
-                if tensor is not None:
-                    name = first.setdefault(id(tensor), prefix + key)
-                    found.setdefault(name, []).append((held, key, tensor))
-        for key, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]
-            if child is not None and id(child) not in seen:
-                walk(child, f"{prefix}{key}.")
-
-    walk(model, "")
-    return found
-
-
-@contextmanager
-def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Generator[None]:
-    """The model with these tensors in place of its own, wherever one is shared, for the time."""
-    places, before = _places(model), list[_Place]()
-    try:
-        for name, tensor in tensors.items():
-            if name not in places:
-                raise ProblemError(
-                    f"the model has no parameter or buffer {name!r}, which it had when this was"
-                    " recorded. Build it as the training script did."
-                )
-            for place in places[name]:
-                held, key, _ = place
-                before.append(place)
-                held[key] = tensor
-        yield
-    finally:
-        for held, key, own in before:
-            held[key] = own
 
 
 def check_loss(value: Any) -> Tensor:

@@ -38,16 +38,16 @@ class Pack:
     def rows(self, ids: Sequence[int], size: int) -> Rows:
         """See ``RowStore``."""
         starts = self._offsets[list(ids)].tolist()
-        found = np.empty((len(starts), size), dtype=np.uint8)
+        parts: list[memoryview] = []
         if size:
             parts = self._source.spans(PACK, [(start, start + size) for start in starts])
-            for at, part in enumerate(parts):
-                if len(part) != size:
-                    raise IntegrityError(
-                        f"{self._source.where}/{PACK} ends before training example {ids[at]}."
-                    )
-                found[at] = np.frombuffer(part, dtype=np.uint8)
-        return found
+        for at, part in enumerate(parts):
+            if len(part) != size:
+                raise IntegrityError(
+                    f"{self._source.where}/{PACK} ends before training example {ids[at]}."
+                )
+        # Joined at once: row by row it took as long as a small model's forward pass.
+        return np.frombuffer(bytearray().join(parts), dtype=np.uint8).reshape(len(starts), size)
 
 
 class Missing:
