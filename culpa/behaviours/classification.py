@@ -88,7 +88,7 @@ def calibration_error(name: str, batch: Batch, *, bins: int = 15) -> Behaviour:
     """Expected calibration error: the mean over test points is the ECE over equal-width bins.
 
     A test point's number is its confidence minus correctness, signed as its bin as a whole: within
-    a bin they add up to the bin's |confidence - accuracy|. Higher is worse. Differentiable as
+    a bin they add up to the bin's ``|confidence - accuracy|``. Higher is worse. Differentiable as
     ``overconfidence`` is, with the bins held fixed.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 3.

@@ -1,0 +1,1 @@
+"""What all experiments share: parts that are kept, results, pages, charts."""
