@@ -39,7 +39,7 @@ from culpa.trajectory.layout import (
     TensorNode,
     ValueNode,
     dtype_of,
-    leaves_of,
+    leaf_count,
     row_bytes,
 )
 
@@ -98,7 +98,7 @@ def _placed(value: Tensor, placement: Placement) -> Tensor:
 
 def decode(layout: Layout, rows: Rows, placements: Sequence[Placement] = ()) -> Any:
     """The batch again, from its layout and rows uint8 ``[rows, bytes per row]``."""
-    expected, count = row_bytes(layout.root), len(leaves_of(layout.root))
+    expected, count = row_bytes(layout.root), leaf_count(layout.root)
     if placements and len(placements) != count:
         raise IntegrityError(f"a batch of {count} tensors has {len(placements)} placements.")
     if not layout.per_row and len(rows) != 1:

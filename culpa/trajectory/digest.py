@@ -9,6 +9,8 @@ order of their names. Files are not hashed: their bytes may differ between write
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import msgspec
 import torch
@@ -33,8 +35,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def tensor_digest(name: str, value: Tensor) -> bytes:
     """32-byte digest of one named tensor."""
     value = value.detach().cpu()
-    start = header(name, dtype_name(value.dtype), tuple(value.shape))
-    return blake3(start).update(raw_bytes(value)).digest()
+    return _begun(name, value.dtype, tuple(value.shape)).copy().update(raw_bytes(value)).digest()
+
+
+@lru_cache(maxsize=4096)
+def _begun(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+    """A hash that has seen the header: the same tensors are hashed at every update."""
+    return blake3(header(name, dtype_name(dtype), shape))
 
 
 def header(name: str, dtype: str, shape: Sequence[int]) -> bytes:

@@ -151,7 +151,8 @@ class Engine:
         if scaler.is_enabled() and not tree.is_finite(grads):
             return Executed(total, grads, tuple(used))  # a scaler skips it; counterfactuals only
         # In the model's order, as loops do it: the norm's last bit depends on it.
-        held = [p for name, p in self.params.items() if name in record.held]
+        names = {*record.held}
+        held = [p for name, p in self.params.items() if name in names]
         if record.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(held, record.clip_grad_norm)
         if record.clip_grad_value is not None:

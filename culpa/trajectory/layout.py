@@ -7,6 +7,7 @@ dimensions from 0 to ``MAX_DIMENSION`` (products stay exact), dtypes and devices
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -148,9 +149,16 @@ def dtype_of(leaf: Leaf) -> torch.dtype:
     return dtype
 
 
+@lru_cache(maxsize=4096)
 def row_bytes(root: Node) -> int:
     """How many bytes one row of this layout has."""
     return sum(dtype_of(leaf).itemsize * math.prod(leaf.shape) for leaf in leaves_of(root))
+
+
+@lru_cache(maxsize=4096)
+def leaf_count(root: Node) -> int:
+    """How many tensors and arrays a batch of this layout has."""
+    return len(leaves_of(root))
 
 
 def without_first_dimension(node: Node) -> Node:
