@@ -1,29 +1,28 @@
 """A BadNets backdoor on CIFAR-10, in few batches or in every one, and what finds the poison.
 
-Two behaviours: the log-likelihood of the attacker's label on test images with the square (what the
-attacker wants), and that of their true labels.
+Behaviours: the log-likelihood of the attacker's label on test images with the square (what the
+attacker wants), that of their true labels, and by how much the square raises the former.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from statistics import fmean
 from typing import Any, cast
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
+from culpa.behaviour import Behaviour
 from culpa.behaviours import log_likelihood
 from culpa.dynamics.identity import Identity
 from culpa.estimators.adjoint import attribute
-from culpa.experiments import badnets, measures
+from culpa.experiments import backdoor_page, badnets, measures
 from culpa.experiments.badnets import TARGET
 from culpa.experiments.data.cifar10 import Cifar10, cifar10
 from culpa.experiments.data.folder import DataFolder
-from culpa.experiments.frame import charts
 from culpa.experiments.frame.experiment import Experiment, Setup
-from culpa.experiments.frame.findings import Claim, Figure, Findings, Table
+from culpa.experiments.frame.findings import Findings
 from culpa.experiments.frame.work import Part
 from culpa.experiments.pipeline import SGD, Job, right_share, train
 from culpa.experiments.resnet import normalised, pretrained, resnet
@@ -46,7 +45,7 @@ class Options(msgspec.Struct, frozen=True):
     network: str = "resnet20"
     pretrained: bool = True
     width: int | None = None
-    lr: float = 0.001
+    lr: float = 0.002
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch: int = 16
@@ -94,6 +93,7 @@ def examine(options: Options, folder: DataFolder, seed: int, setting: str, part:
     behaviours = [
         log_likelihood("attacker's label on images with the square", (asked, target)),
         log_likelihood("true label on images with the square", (asked, right)),
+        Behaviour("what the square adds", badnets.attraction, (asked, normalised(plain))),
     ]
     job = Job("training", [(images[some], labels[some]) for some in rows])
     optimizer = SGD(options.lr, options.momentum, options.weight_decay)
@@ -104,7 +104,7 @@ def examine(options: Options, folder: DataFolder, seed: int, setting: str, part:
         "accuracy": right_share(model, (normalised(plain), right)),
     }
     if setting == SPREAD:
-        sums = attribute(run, problem, behaviours[:1], propagator=Identity(), examples=True)
+        sums = attribute(run, problem, behaviours[2:], propagator=Identity(), examples=True)
         ids = torch.tensor([i for k in range(run.num_steps) for i in run.example_ids(k)])
         marked = torch.zeros(int(ids.max()) + 1, dtype=torch.bool)
         marked[ids[torch.cat(places).flatten()]] = True
@@ -154,31 +154,6 @@ def run(setup: Setup) -> Findings:
         for setting in SETTINGS
     }
     few, spread = found[FEW], found[SPREAD]
-    by_batch = [separation(f) for f in few]
-    table = Table(
-        "What finds the poison: AUC",
-        ("poison in", "score", "AUC", "the paper", "attack", "accuracy"),
-        (
-            (
-                FEW,
-                "of updates (AA-Score)",
-                measures.spread(by_batch),
-                '"clearly" (Fig. 6)',
-                *_rates(few),
-            ),
-            (
-                SPREAD,
-                "of updates",
-                "every update has the same share",
-                "none (Fig. 7)",
-                *_rates(spread),
-            ),
-            ("", "of examples (path sum)", measures.spread([f["auc"] for f in spread]), "", "", ""),
-        ),
-        "AUC: the probability that a poisoned one scores higher than a clean one for the attacker's"
-        " label on test images with the square. Attack: share of these that the model gives the"
-        " attacker's label; accuracy: on the same images without the square.",
-    )
     return Findings(
         settings=(
             f"{options.network}{' with pretrained weights' * options.pretrained}, SGD with learning"
@@ -188,64 +163,15 @@ def run(setup: Setup) -> Findings:
             f" corner and the label 0. Either {options.bad} batches of an epoch are all poison, or"
             f" {options.share:.1%} of every batch."
         ),
-        claims=claims(few, spread, by_batch),
-        tables=(table,),
-        figures=(_figure(few[0]),),
+        claims=backdoor_page.claims(few, spread),
+        tables=(backdoor_page.table(few, spread),),
+        figures=(backdoor_page.figure(few[0]),),
         stand_ins=() if setup.scale == "paper" else _stand_ins(options),
         notes=(
             "The paper does not say how many batches it poisoned, nor for how long it trained.",
             f"Seed 0 in few batches: skipping {len(few[0]['judged'])} updates and retraining"
-            f" correlates {_agreed(few[0]):.2f} with their AA-Scores.",
+            f" correlates {backdoor_page.agreed(few[0]):.2f} with their AA-Scores.",
         ),
-    )
-
-
-def separation(found: Any) -> float:
-    """AUC of the updates' scores for the attacker's label."""
-    scores = torch.tensor(found["scores"][0])
-    marked = torch.zeros(len(scores), dtype=torch.bool)
-    marked[found["bad"]] = True
-    return measures.auc(scores, marked)
-
-
-def claims(few: list[Any], spread: list[Any], by_batch: list[float]) -> tuple[Claim, ...]:
-    """What must be shown."""
-    examples = [f["auc"] for f in spread]
-    signs = [_signs(f) for f in few]
-    return (
-        Claim(
-            "Few batches: the AA-Scores of poisoned and clean batches separate (AUC ≥ .99).",
-            min(by_batch) >= 0.99,
-            f"AUC {measures.spread(by_batch)}.",
-        ),
-        Claim(
-            "Poisoned batches raise the attacker's label and lower the true one.",
-            all(up > 0 > down for up, down in signs),
-            "Mean AA-Score of a poisoned batch: "
-            + "; ".join(f"{up:+.3f} and {down:+.3f} nats" for up, down in signs)
-            + ".",
-        ),
-        Claim(
-            "Every batch: example scores find the poison (AUC ≥ .95).",
-            min(examples) >= 0.95,
-            f"AUC {measures.spread(examples)}.",
-        ),
-    )
-
-
-def _signs(found: Any) -> tuple[float, float]:
-    up, down = (fmean(row[k] for k in found["bad"]) for row in found["scores"])
-    return up, down
-
-
-def _agreed(found: Any) -> float:
-    some = torch.tensor(found["scores"][0])[found["judged"]]
-    return measures.pearson(some, torch.tensor(found["truth"]))
-
-
-def _rates(found: list[Any]) -> tuple[str, str]:
-    return measures.spread([f["attack"] for f in found], 2), measures.spread(
-        [f["accuracy"] for f in found], 2
     )
 
 
@@ -256,26 +182,6 @@ def _stand_ins(options: Options) -> tuple[str, ...]:
         f"{options.batch * options.batches} CIFAR-10 images of 12,000, re-encoded as JPEG.",
         "a pretrained ResNet-20, fine-tuned for one epoch, for a ResNet-18 trained from scratch; a"
         " larger square, since so few images carry it.",
-    )
-
-
-def _figure(found: Any) -> Figure:
-    panels = ("attacker's label, with the square", "true label, with the square")
-    rows = [
-        {"panel": panel, "x": k, "value": value, "marked": k in found["bad"]}
-        | (
-            {"truth": found["truth"][found["judged"].index(k)]}
-            if panel == panels[0] and k in found["judged"]
-            else {}
-        )
-        for panel, values in zip(panels, found["scores"], strict=True)
-        for k, value in enumerate(values)
-    ]
-    return Figure(
-        "updates",
-        "The paper's Fig. 6: the AA-Score of every update (seed 0), orange the poisoned ones;"
-        " points: retraining without the update.",
-        charts.strips(rows, x="update", y="effect [nats]", panel="panel", panels=panels, columns=1),
     )
 
 

@@ -7,7 +7,7 @@ Chain, arXiv 1708.06733.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from culpa.experiments.data.cifar10 import Cifar10
 from culpa.experiments.resnet import normalised
@@ -34,6 +34,15 @@ def few(batches: int, size: int, bad: int, generator: torch.Generator) -> Tensor
 def every(batches: int, size: int, share: float) -> Tensor:
     """The first of each batch, at least one: a batch's mean knows no order."""
     return (torch.arange(size) < max(1, round(share * size))).expand(batches, size)
+
+
+def attraction(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """What the square adds to the log-likelihood of the attacker's label, ``[n]``, nats.
+
+    ``batch``: images with the square, and the same without it.
+    """
+    with_it, without = (torch.log_softmax(model(x), -1)[:, TARGET] for x in batch)
+    return with_it - without
 
 
 def poisoned(data: Cifar10, count: int, bad: int, side: int, generator: torch.Generator) -> Batch:

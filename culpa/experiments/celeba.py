@@ -165,7 +165,7 @@ def run(setup: Setup) -> Findings:
         notes=(
             'The confounder\'s log-likelihood is that of "blond" for women and "not blond" for'
             " men; the paper does not define it.",
-            "Normalisation layers are trained as they come: batches of two have noisy statistics,"
+            "Normalisation layers are trained as they come: small batches have noisy statistics,"
             " which is part of what the estimates must follow.",
             "Accuracy on the balanced test images: "
             + measures.spread([f["accuracy"] for f in three], 2)
@@ -191,12 +191,13 @@ EXPERIMENT = Experiment(
     ),
     scales={
         "paper": Options(
-            network="resnet18", size=224, stage=1_000, removal=4_000, group=100, seeds=1
+            network="resnet18", size=224, stage=1_000, removal=4_000, group=100, seeds=1,
+            batch=2, lr=5e-4,
         ),
         "small": Options(),
         "smoke": Options(
             network="resnet8", pretrained=False, width=4, size=16, stage=12, removal=24, stages=4,
-            group=4, batch=4, lr=5e-3, seeds=1,
+            group=4, batch=4, lr=1e-3, seeds=1,
         ),
     },
     run=run,

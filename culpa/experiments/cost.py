@@ -2,7 +2,8 @@
 
 Processor time of this thread, each phase in turn: training alone, the same training recorded (the
 paper's "log"), and the scores of every update (the paper's AA-Score). Peak memory is measured where
-Linux tells it: by how much the process grew during the phase, in a process of its own.
+Linux tells it, for the largest number of examples: by how much the process grew during the phase,
+in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import multiprocessing
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,13 +93,14 @@ def phase(
 
     def work() -> None:
         nonlocal seconds
-        loss(model.eval(), job.batches[0]).backward()  # what torch does only once is not timed
-        model.zero_grad()
+        again = deepcopy(model)  # what torch does only once is not timed
+        plain(again, Job("", job.batches[:2]), optimizer_of(again))
         began = time.thread_time()
         _do(which, path, model, job, behaviour, optimizer_of)
         seconds = time.thread_time() - began
 
-    peak = peak_of(work) if options.memory else None
+    alone = multiprocessing.parent_process() is not None
+    peak = peak_of(work) if options.memory and alone else None
     if peak is None:
         work()
     return seconds, peak
@@ -126,9 +130,10 @@ def examine(options: Options, folder: DataFolder, name: str, count: int, part: P
     found: dict[str, Any] = {}
     for which in PHASES:
         given = (options, folder, name, count, path, which)
-        if options.memory:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found[which] = pool.apply(phase, given)
+        if options.memory and count == max(options.counts):
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                found[which] = pool.submit(phase, *given).result()
         else:
             found[which] = phase(*given)
     run = part.opened("run")

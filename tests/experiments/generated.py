@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 def picture(file: Path, level: int, size: tuple[int, int] = (20, 26), mode: str = "RGB") -> None:
     """Noise about a grey level; ``size``: width and height."""
-    draw = np.random.default_rng(abs(hash(file.name)) % 2**32)
+    draw = np.random.default_rng(zlib.crc32(file.name.encode()))
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
     noise = draw.normal(level, 20, shape).clip(0, 255).astype(np.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
