@@ -7,14 +7,14 @@ from .auditing.agreement import Agreement as Agreement
 from .auditing.agreement import agreement as agreement
 from .auditing.find import FoundUpdates as FoundUpdates
 from .auditing.find import find_updates as find_updates
+from .auditing.forecasting.job import Job as Job
+from .auditing.forecasting.plan import Plan as Plan
 from .auditing.interactions import Interactions as Interactions
 from .auditing.interactions import interactions as interactions
 from .auditing.placebo import NoiseFloor as NoiseFloor
 from .auditing.placebo import noise_floor as noise_floor
 from .auditing.processes import Processes as Processes
 from .auditing.segments import segments as segments
-from .auditing.forecasting.job import Job as Job
-from .auditing.forecasting.plan import Plan as Plan
 from .behaviour import Behaviour as Behaviour
 from .behaviours.classification import log_likelihood as log_likelihood
 from .dynamics.identity import Identity as Identity

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 
 import culpa
-from culpa.auditing.record import AuditRecord
 from oracles import fanned
+from oracles.fanned import audit, without_times
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> culpa.Run:
     return fanned.train(tmp_path_factory.mktemp("fanned") / "run")
-
-
-def audit(run: culpa.Run, **options: Any) -> AuditRecord:
-    return culpa.audit(run, *fanned.make(), budget=4.0, **options).record
-
-
-def without_times(record: AuditRecord) -> bytes:
-    plain = [msgspec.structs.replace(s, seconds=0.0) for s in record.spent]
-    return msgspec.json.encode(msgspec.structs.replace(record, created="", spent=plain))
 
 
 def test_an_audit_by_processes_is_the_audit(run: culpa.Run) -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ import culpa
 from culpa.auditing.ledger import RESULTS
 from culpa.auditing.record import AuditRecord
 from culpa.auditing.tasks import Outcome, Task
+from oracles.fanned import without_times
 
 STAGES = 5
 PER_STAGE = 8
@@ -205,11 +205,6 @@ def test_an_interrupted_audit_goes_on_from_where_it_was(case: Case, tmp_path: Pa
     # Results of other options are not taken for these.
     with pytest.raises(KeyboardInterrupt):
         case.audit(budget=3.0, work=work, executor=again, counterfactual="restart")
-
-
-def without_times(record: AuditRecord) -> bytes:
-    plain = [msgspec.structs.replace(s, seconds=0.0) for s in record.spent]
-    return msgspec.json.encode(msgspec.structs.replace(record, created="", spent=plain))
 
 
 def test_stages_are_found_where_none_were_named(tmp_path: Path) -> None:

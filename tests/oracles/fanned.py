@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import culpa
+from culpa.auditing.record import AuditRecord
 
 STAGES, PER_STAGE = 4, 5
 MARKS = "CULPA_TEST_MARKS"
@@ -71,3 +74,12 @@ def train(folder: Path) -> culpa.Run:
                     loss(problem.model, batch).backward()
                     optimizer.step()
     return culpa.open_run(folder)
+
+
+def audit(run: culpa.Run, **options: Any) -> AuditRecord:
+    return culpa.audit(run, *make(), budget=4.0, **options).record
+
+
+def without_times(record: AuditRecord) -> bytes:
+    plain = [msgspec.structs.replace(s, seconds=0.0) for s in record.spent]
+    return msgspec.json.encode(msgspec.structs.replace(record, created="", spent=plain))
