@@ -13,7 +13,7 @@ from rich.markup import escape
 
 import culpa
 from culpa.auditing.again import options_of, require_same_run
-from culpa.cli.audits import export, print_audit, reproduced, show, work_folder
+from culpa.cli.audits import export, print_audit, reproduced, show, work_folder, workers
 from culpa.cli.estimate import estimated
 from culpa.cli.forecast import announce, forecast
 from culpa.cli.options import AllowDrift, Anyway, AsJson, ProblemName, Removal, RunPath, ShowName
@@ -93,6 +93,16 @@ def audit(
         ),
     ] = None,
     examples: ShowName = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="Replay side by side: processes, or ray. Worth it for replays of minutes.",
+            metavar="WHERE",
+        ),
+    ] = None,
+    number: Annotated[
+        int | None, typer.Option("--workers", help="How many processes; default: the cores.")
+    ] = None,
     anyway: Anyway = False,
     json: AsJson = False,
 ) -> None:
@@ -113,7 +123,7 @@ def audit(
     into = folder or Path(f"{path.rstrip('/')}-audit")
     if old is None:
         announce(err, run, task, behaviours, budget=budget, folder=into, anyway=anyway)
-    with shown(err) as progress:
+    with workers(executor, number, problem) as beside, shown(err) as progress:
         found = culpa.audit(
             run,
             task,
@@ -122,6 +132,7 @@ def audit(
             counterfactual=counterfactual,
             allow_drift=allow_drift,
             work=None if old is not None else work_folder(into, resume=resume),
+            executor=beside,
             progress=progress,
         )
     if old is not None:

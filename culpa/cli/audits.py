@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
@@ -11,8 +13,11 @@ from rich.markup import escape
 
 import culpa
 from culpa.auditing.again import compare
+from culpa.auditing.processes import Processes
 from culpa.auditing.record import AuditRecord
-from culpa.errors import IntegrityError, StoreError
+from culpa.auditing.tasks import Executor
+from culpa.cli.problem import Loaded
+from culpa.errors import IntegrityError, OptionError, StoreError
 from culpa.report.showing import Show
 from culpa.trajectory.files import write_durably
 from culpa.trajectory.run import Run
@@ -24,6 +29,29 @@ def work_folder(folder: Path, *, resume: bool) -> Path:
     if not resume and work.is_dir():
         rmtree(work)
     return work
+
+
+@contextmanager
+def workers(name: str | None, number: int | None, problem: str) -> Generator[Executor | None]:
+    """What ``--executor`` and ``--workers`` name; ``None``: this process.
+
+    Raises:
+        OptionError: for another name, or a number of workers without a use.
+    """
+    if name not in (None, "processes", "ray") or (name == "ray" and number is not None):
+        raise OptionError(
+            "--executor is processes or ray, and --workers says how many processes (what Ray runs"
+            f" on, ray.init and its cluster say); got --executor {name} --workers {number}."
+        )
+    if name == "ray":
+        from culpa.integrations.ray import Ray
+
+        yield Ray(Loaded(problem))
+    elif name is None and number is None:
+        yield None
+    else:
+        with Processes(Loaded(problem), number) as executor:
+            yield executor
 
 
 def show(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 from culpa.auditing.forecasting.plan import Plan
@@ -51,6 +53,20 @@ def load_plan(name: str) -> tuple[Plan, list[Behaviour]]:
             " [culpa.Behaviour, ...])."
         )
     return plan, behaviours  # pyright: ignore[reportUnknownVariableType]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """``load_problem`` of one name, for the workers of an audit: from the folder of the command."""
+
+    problem: str
+    folder: str = field(default_factory=os.getcwd)
+
+    def __call__(self) -> tuple[Problem, list[Behaviour]]:
+        """Call it."""
+        if self.folder not in sys.path:
+            sys.path.insert(0, self.folder)
+        return load_problem(self.problem)
 
 
 def load_function(option: str, name: str) -> Any:

@@ -417,6 +417,7 @@ P = ("--problem", "small:problem")
 ERRORS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no run": (("inspect", "nowhere"), 1, "is no culpa run"),
     "no problem": (("audit", "run", "--problem", "small:nix"), 2, "no attribute 'nix'"),
+    "no executor": (("audit", "run", *P, "--executor", "slurm"), 2, "is processes or ray"),
     "no module": (("verify", "run", "--problem", "nix:nix"), 2, "No module named 'nix'"),
     "no name": (("verify", "run", "--problem", "small"), 2, "MODULE:FUNCTION"),
     "no problem returned": (("verify", "run", "--problem", "small:nothing"), 2, "must return"),
@@ -494,6 +495,14 @@ def test_an_audit_is_reproduced_or_says_what_differs(ask: Ask) -> None:
     path.write_text(json.dumps(record))
     assert "has root digest another" not in flat(changed.err)
     assert ask("audit", "run", *P, "--again", "found/audit.json").code == 3
+
+
+def test_an_audit_whose_replays_run_side_by_side_is_the_same(ask: Ask) -> None:
+    train()
+    assert ask("audit", "run", *P, "--budget", "4", "--out", "found").code == 0
+    again = ("audit", "run", *P, "--again", "found/audit.json", "--executor", "processes")
+    answer = ask(*again, "--workers", "2")
+    assert "Reproduced: every number" in flat(answer.out), answer.err
 
 
 def test_an_audit_keeps_its_results_and_takes_them_up_again(ask: Ask) -> None:
