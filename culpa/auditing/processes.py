@@ -34,12 +34,17 @@ class Processes:
         retries: how often a task may be run again because its worker died.
 
     Raises:
-        OptionError: for no workers.
+        OptionError: for no workers, or a function that cannot be imported.
     """
 
     def __init__(self, make: Make, workers: int | None = None, retries: int = 2) -> None:
         if workers is not None and workers < 1:
             raise OptionError(f"Processes needs at least one worker, got {workers}.")
+        if "<" in getattr(make, "__qualname__", ""):  # <lambda>, <locals>
+            raise OptionError(
+                f"Processes cannot hand {make!r} to another process, which imports it by its name."
+                " Define the function at the top of a module."
+            )
         self.make = make
         self.workers = workers or len(os.sched_getaffinity(0))
         self.retries = retries

@@ -57,3 +57,8 @@ def test_a_worker_that_builds_something_else_is_refused(run: culpa.Run) -> None:
 def test_no_workers_are_refused() -> None:
     with pytest.raises(culpa.OptionError, match="at least one worker"):
         culpa.Processes(fanned.make, workers=0)
+
+
+def test_a_function_that_no_worker_can_import_is_refused() -> None:
+    with pytest.raises(culpa.OptionError, match="at the top of a module"):
+        culpa.Processes(lambda: fanned.make())  # noqa: PLW0108 (the very thing that is refused)
