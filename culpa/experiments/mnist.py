@@ -7,13 +7,18 @@ values" of Fig. 3f: learning rate .001, momentum .9, weight decay 1e-5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample
 
 from culpa.behaviour import Behaviour
 from culpa.behaviours import log_likelihood
-from culpa.experiments.data.digits import bundled
+from culpa.experiments.data.digits import Digits, bundled, digits
+from culpa.experiments.frame.experiment import Setup
 from culpa.experiments.pipeline import SGD, loss, losses
 from culpa.problem import Problem
 
@@ -69,6 +74,20 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of right answers."""
     with torch.no_grad():
         return float((model(images.flatten(1)).argmax(1) == labels).double().mean())
+
+
+def every_seed(setup: Setup, examine: Callable[..., dict[str, Any]]) -> tuple[Digits, list[Any]]:
+    """The digits, and what ``examine(options, digits, seed, part)`` found for every seed."""
+    data = digits(setup.data, required=setup.scale == "paper")
+    setup.work.plan(len(setup.seeds))
+    return data, [
+        setup.work.part(
+            f"seed-{seed}",
+            {"seed": seed, "data": data.name},
+            partial(examine, setup.options, data, seed),
+        )
+        for seed in setup.seeds
+    ]
 
 
 def problem() -> tuple[Problem, list[Behaviour]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +12,7 @@ from culpa.behaviour import Behaviour
 from culpa.dynamics.propagator import Exact
 from culpa.estimators.embed import embed
 from culpa.experiments import measures, mnist
-from culpa.experiments.data.digits import Digits, digits
+from culpa.experiments.data.digits import Digits
 from culpa.experiments.frame import charts
 from culpa.experiments.frame.experiment import Experiment, Setup
 from culpa.experiments.frame.findings import Claim, Figure, Findings, Table
@@ -82,14 +81,7 @@ def examine(options: Options, data: Digits, seed: int, part: Part) -> dict[str, 
 def run(setup: Setup) -> Findings:
     """All seeds."""
     options: Options = setup.options
-    data = digits(setup.data, required=setup.scale == "paper")
-    setup.work.plan(len(setup.seeds))
-    found: list[Any] = [
-        setup.work.part(
-            f"seed-{seed}", {"seed": seed, "data": data.name}, partial(examine, options, data, seed)
-        )
-        for seed in setup.seeds
-    ]
+    data, found = mnist.every_seed(setup, examine)
     names = [name for name, _, _ in STAGES]
 
     def cells(kind: str, test: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +17,7 @@ from culpa.estimators.embed import embed
 from culpa.estimators.embedding import StageEmbeddings
 from culpa.experiments import measures, mnist, mnist_insert, mnist_mislabel, mnist_shift
 from culpa.experiments.baselines import dvemb_embeddings
-from culpa.experiments.data.digits import Digits, digits
+from culpa.experiments.data.digits import Digits
 from culpa.experiments.frame.experiment import Experiment, Setup
 from culpa.experiments.frame.findings import Claim, Findings, Table
 from culpa.experiments.frame.work import Part
@@ -198,14 +197,7 @@ class Columns:
 def run(setup: Setup) -> Findings:
     """All seeds."""
     options: Options = setup.options
-    data = digits(setup.data, required=setup.scale == "paper")
-    setup.work.plan(len(setup.seeds))
-    found: list[Any] = [
-        setup.work.part(
-            f"seed-{seed}", {"seed": seed, "data": data.name}, partial(examine, options, data, seed)
-        )
-        for seed in setup.seeds
-    ]
+    data, found = mnist.every_seed(setup, examine)
     first, columns = Columns(found, options.rates[0]), ("estimator", *COLUMNS, "average")
     tables: list[Table] = []
     for rate in options.rates:
