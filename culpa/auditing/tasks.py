@@ -172,9 +172,9 @@ class Bench:
     def gradients(self) -> list[Tree]:
         """The gradient of every behaviour at the final parameters that trained."""
         if self._gradients is None:
-            final, buffers = self.run.final_state(), self.run.final_buffers()
             names = self.run.state(self.run.num_steps).params.keys()
             with session(self.run, self.problem, self.allow_drift):
+                final, buffers = model_state(self.run)
                 self._gradients = [
                     gradient_of(self.problem, b, final, buffers, names) for b in self.behaviours
                 ]

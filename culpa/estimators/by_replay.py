@@ -41,6 +41,7 @@ def embed_by_replay(
         The embeddings, all of them trusted; nothing was linearised, so the residual is nan.
         ``facts["strategy"]`` says that they were replayed. Cost: one replay for each stage.
     """
+    run.frozen.give(dict(problem.model.named_parameters()))
     final, last = run.final_state(), run.state(run.num_steps)
     size = tree.norm(last.params)
     displacements: dict[str, Tree] = {}

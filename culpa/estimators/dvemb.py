@@ -115,6 +115,7 @@ def dvemb(
         )
     _refuse_other_optimizers(run)
     refuse_running_statistics(run, "culpa.dvemb")
+    run.frozen.give(dict(problem.model.named_parameters()))
     final, buffers = run.final_state(), run.final_buffers()
     trained = run.state(run.num_steps).params.keys()
     width = len(behaviours)

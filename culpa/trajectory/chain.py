@@ -115,10 +115,8 @@ def root_digest(
     It covers every field of the manifest as the folder will hold it, but this one. ``resuming``
     is ``resuming_digest`` of what there is to go on from: of nothing, in a complete run.
     """
-    facts = msgspec.structs.asdict(manifest)
+    facts = {n: v for n, v in msgspec.structs.asdict(manifest).items() if v is not msgspec.UNSET}
     del facts["root_digest"]
-    if facts["jobs"] is msgspec.UNSET:
-        del facts["jobs"]
     named = [[stage.name, stage.start, stage.stop] for stage in stages]
     content = [facts, named, [list(s) for s in states], frozen, resuming]
     return digest.chain(link, msgspec.msgpack.encode(content, order="sorted")).hex()

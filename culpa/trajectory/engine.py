@@ -6,7 +6,7 @@ state gives the recorded bits.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +29,14 @@ from culpa.tree import Slots, Tree
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Generator[None]:
-    """Lend the module to the engine; afterwards it is as it was: tensors, gradients, modes, RNG."""
+def borrowed(model: nn.Module, fixed: Collection[str] = ()) -> Generator[None]:
+    """Lend the module to the engine; afterwards it is as it was: tensors, gradients, modes, RNG.
+
+    Parameters named ``fixed`` are never written to, so that no copy of them is made.
+    """
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    values, statistics = tree.clone(params), tree.clone(buffers)
+    values = tree.clone({name: p for name, p in params.items() if name not in fixed})
+    statistics = tree.clone(buffers)
     gradients = {name: p.grad for name, p in params.items()}
     trained = {name: p.requires_grad for name, p in params.items()}
     modes = {module: module.training for module in model.modules()}

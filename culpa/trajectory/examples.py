@@ -151,6 +151,24 @@ class FromDataset:
         return encoded.layout.encode(), np.ascontiguousarray(encoded.rows[0])
 
 
+def given(
+    wanted: dict[bytes, int], layouts: set[bytes], data: Any, collate: Collate | None, where: str
+) -> RowStore:
+    """The rows as ``culpa.open_run(path, examples=data, collate=collate)`` was given them."""
+    if collate is not None:
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise OptionError(
+                f"open_run(collate=...) goes with a map-style data set, got {type(data).__name__}."
+            )
+        return FromDataset(wanted, layouts, data, collate, where)
+    if not isinstance(data, Iterable):
+        raise OptionError(
+            f"open_run(examples=...) is an iterable of batches, got {type(data).__name__}; with a"
+            " map-style data set pass collate= too."
+        )
+    return FromBatches(wanted, layouts, data, where)
+
+
 def _none_missing(missing: int, wanted: int, where: str) -> None:
     if missing:
         raise IntegrityError(

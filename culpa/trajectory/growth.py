@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
-from culpa.errors import OptionError, ProblemError, StoreError
+from culpa.errors import OptionError, ProblemError, StoreError, UnsupportedError
 from culpa.trajectory import files
 from culpa.trajectory.chain import root_digest
 from culpa.trajectory.fits import describe_tensors
@@ -149,6 +149,11 @@ def grow(run: Run, path: str | Path, model: nn.Module) -> Run:
     if manifest.status != "complete" or not run.path.is_dir():
         raise StoreError(
             f"{run.source.where} is {manifest.status!r}; only a complete run in a folder can grow."
+        )
+    if manifest.frozen_by_reference:
+        raise UnsupportedError(
+            f"{run.source.where} was recorded with frozen='reference'; a run that is to grow keeps"
+            " its frozen parameters: record it with frozen='stored'."
         )
     if into.exists():
         raise StoreError(f"{into} exists; choose a path that does not exist.")

@@ -38,7 +38,7 @@ def check_digests(run: Run) -> tuple[int, int]:
         found, size = check_state(run, k)
         states.append((k, found))
         hashed += size
-    frozen = digest.combine(_in_order(_digests(run, FROZEN_NAME, None)))
+    frozen = run.frozen.digest()
     rest = (link, run.stages, states, frozen, resuming)
     root = chain.root_digest(run.manifest, *rest)
     if run.manifest.finished and root != run.root_digest:
@@ -282,8 +282,8 @@ def _culprits(found: dict[str, bytes], record: StepRecord) -> str:
     return ", ".join(wrong[:4]) or "a digest of the update"
 
 
-def _digests(run: Run, name: str, frozen: frozenset[str] | None) -> dict[str, bytes]:
-    """The digests of a file of tensors, once it holds those of the manifest and slots."""
+def _digests(run: Run, name: str, frozen: frozenset[str]) -> dict[str, bytes]:
+    """The digests of a state's file, once it holds the tensors of the manifest and slots."""
     where = f"{run.source.where}/{name}"
     try:
         entries = list(tensors.entries(run.source.read(name)))

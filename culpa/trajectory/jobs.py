@@ -24,6 +24,7 @@ from culpa.errors import OptionError, ProblemError, RecordError, StoreError
 from culpa.problem import Problem
 from culpa.trajectory import digest, environment, files, log
 from culpa.trajectory.fits import different_model
+from culpa.trajectory.frozen import digest_of_all
 from culpa.trajectory.lineage import link_at
 from culpa.trajectory.observer import Observer
 from culpa.trajectory.run import Run, open_run
@@ -161,9 +162,15 @@ def _require_same(run: Run, state: State, observer: Observer) -> None:
             " parameters (a new head, adapters), go on with culpa.grow(run, path, model); if names"
             " changed, culpa.Grown keeps them."
         )
-    recorded = State(run.frozen_parameters() | state.params, state.buffers).flat()
+    run.frozen.give(observer.params)  # by reference: they are compared, or taken, here
+    known = {} if run.frozen.by_reference else run.frozen_parameters()
+    recorded = State(known | state.params, state.buffers).flat()
     live = State(
-        {name: value.detach().cpu() for name, value in observer.params.items()},
+        {
+            name: value.detach().cpu()
+            for name, value in observer.params.items()
+            if name not in run.frozen.by_reference
+        },
         {name: value.detach().cpu() for name, value in observer.buffers.items()},
     ).flat()
     if name := _worst(live, recorded):
@@ -231,7 +238,7 @@ def _take_back(
         log.execute(connection, "DELETE FROM step WHERE k >= ?", (stop,))
         log.execute(connection, "DELETE FROM stage WHERE start >= ?", (stop,))
         log.execute(connection, "DELETE FROM state WHERE k > ?", (stop,))
-        frozen = State.decode((folder / FROZEN_NAME).read_bytes()).digest()
+        frozen = digest_of_all((folder / FROZEN_NAME).read_bytes(), manifest)
         resuming = Resuming(connection, frozen)
         resuming.clear()
         resuming.seal(manifest, link)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch.optim import Optimizer
 
 from culpa._version import __version__
@@ -20,6 +21,7 @@ from culpa.trajectory import resume as resuming
 from culpa.trajectory.checkpoints import CheckpointPolicy, Thinned
 from culpa.trajectory.durability import Durability
 from culpa.trajectory.fits import describe_tensors
+from culpa.trajectory.frozen import encode as encode_frozen
 from culpa.trajectory.observer import Observer
 from culpa.trajectory.recorder import Recorder
 from culpa.trajectory.resume import Resumption
@@ -46,6 +48,7 @@ def record(
     checkpoints: CheckpointPolicy | None = None,
     durability: Durability | None = None,
     examples: str = "stored",
+    frozen: str = "stored",
     strict: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -70,6 +73,10 @@ def record(
             last 200 updates.
         examples: ``"reference"`` keeps digests of the training examples instead of their bytes; a
             replay then needs the data, and the run cannot be resumed.
+        frozen: what is kept of parameters that no optimizer holds: their values, ``"stored"`` once;
+            or ``"reference"``, digests only, as for a large base model under adapters. Whoever
+            walks the run then needs a model with the same, and none of them may train later. A
+            run that is gone on with stays as it was begun.
         strict: if the disk fails, raise. Otherwise warn (``culpa.RecordingStopped``), keep what
             was recorded so far as a truncated run, and let training go on.
         resume: go on with the record in ``path`` if there is one: run the same script again; what
@@ -109,6 +116,8 @@ def record(
         )
     if examples not in ("stored", "reference"):
         raise OptionError(f"examples must be 'stored' or 'reference', got {examples!r}.")
+    if frozen not in ("stored", "reference"):
+        raise OptionError(f"frozen must be 'stored' or 'reference', got {frozen!r}.")
     if resume and overwrite:
         raise OptionError("resume=True goes on with a run, overwrite=True removes it: pass one.")
     policy, durability = checkpoints or Thinned(), durability or Durability()
@@ -127,7 +136,7 @@ def record(
     elif ahead is None:
         initial = observer.state(observer.held, slots=True)
         _require_room(folder, replace=overwrite or resume)
-        open_store = partial(_create, folder, observer, initial, examples)
+        open_store = partial(_create, folder, observer, initial, examples, frozen)
     else:
         base = jobs.base_of(ahead.run)
         observer.write(ahead.state, ahead.frozen)
@@ -166,7 +175,7 @@ def _recorder(
     return Recorder(writer, observer, settings, initial, ahead, base)
 
 
-def _create(folder: Path, observer: Observer, initial: State, examples: str) -> Store:
+def _create(folder: Path, observer: Observer, initial: State, examples: str, kept: str) -> Store:
     params = observer.params
     frozen: Tree = {name: p for name, p in params.items() if name not in observer.held}
     manifest = Manifest(
@@ -178,9 +187,11 @@ def _create(folder: Path, observer: Observer, initial: State, examples: str) -> 
         buffers=describe_tensors(dict(observer.buffers)),
         frozen=tuple(sorted(frozen)),
         examples="reference" if examples == "reference" else "stored",
+        frozen_values="reference" if kept == "reference" else msgspec.UNSET,
     )
     _clear(folder)
-    return Store.create(folder, manifest, initial, State(frozen).clone())
+    content = encode_frozen(frozen, by_reference=manifest.frozen_by_reference)
+    return Store.create(folder, manifest, initial, content)
 
 
 def _resumption(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
-from culpa.errors import CulpaError, IntegrityError, OptionError, StageError, StoreError
+from culpa.errors import CulpaError, IntegrityError, StageError, StoreError
 from culpa.trajectory import batches, examples
+from culpa.trajectory.examples import given as rows_given
 from culpa.trajectory.fits import describe_tensors, require_state
+from culpa.trajectory.frozen import Frozen
 from culpa.trajectory.layout import DAMAGED
 from culpa.trajectory.reader import LogReader
 from culpa.trajectory.rng import RandomState
@@ -59,6 +62,7 @@ class Run:
             if manifest.examples == "stored"
             else examples.Missing(source.where)
         )
+        self.frozen = Frozen(source, manifest, lambda: self._read_state(FROZEN_NAME, None).params)
         self.step = lru_cache(maxsize=4096)(tables.step)
 
     def __repr__(self) -> str:
@@ -116,8 +120,7 @@ class Run:
     def frozen_parameters(self) -> Tree:
         """The parameters that no optimizer ever held."""
         joined = self.tables.joined
-        found = self._read_state(FROZEN_NAME, None).params
-        return {name: value for name, value in found.items() if name not in joined}
+        return {name: v for name, v in self.frozen.values().items() if name not in joined}
 
     def state(self, k: int) -> State:
         """A kept state; raises ``StoreError`` for one that is not kept.
@@ -146,7 +149,7 @@ class Run:
         joined = self.tables.joined
         if not joined:
             return {}
-        return {n: v for n, v in self._read_state(FROZEN_NAME, None).params.items() if n in joined}
+        return {name: v for name, v in self.frozen.values().items() if name in joined}
 
     def kept_before(self, k: int) -> int:
         """The largest kept index <= k."""
@@ -234,6 +237,7 @@ def open_run(
     *,
     examples: Any = None,
     collate: examples.Collate | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Run:
     """Open a run for reading.
 
@@ -243,12 +247,16 @@ def open_run(
         examples: for a run recorded with ``examples="reference"``, the data: an iterable of
             batches collated as they were when recording or, with ``collate``, a map-style data
             set. Every recorded row is looked up in it by digest.
+        frozen: for a run recorded with ``frozen="reference"``, these parameters by name (others
+            may be among them): what training began from. They are compared by digest and used as
+            they are, not copied. Whatever is given a ``Problem`` takes them from its model.
         collate: makes a batch of a list of items, as ``torch.utils.data.default_collate`` does.
 
     Raises:
         StoreError: if ``path`` is no run folder, or one of another format version.
         IntegrityError: if something in it is not as culpa writes it, or a training example is not
             in ``examples``.
+        ProblemError: if ``frozen`` is not, bit for bit, what was recorded.
     """
     source = open_source(path)
     manifest = read_manifest(source)
@@ -256,8 +264,12 @@ def open_run(
         run = Run(source, manifest, Tables(LogReader(source, finished=manifest.finished), manifest))
     except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
         raise StoreError(f"{source.where} cannot be read as a culpa run: {error}.") from error
+    if frozen is not None:
+        run.frozen.give(frozen)
     if examples is not None:
-        run.rows = _given(run, examples, collate)
+        wanted = {digest: number for number, digest in enumerate(run.tables.digests())}
+        layouts = {layout.encode() for layout in run.tables.layouts}
+        run.rows = rows_given(wanted, layouts, examples, collate, source.where)
     return run
 
 
@@ -281,20 +293,3 @@ def read_manifest(source: Source) -> Manifest:
         return msgspec.json.decode(data, type=Manifest)
     except (*DAMAGED, AttributeError) as error:
         raise StoreError(f"{file} cannot be read as a culpa run's: {error}.") from error
-
-
-def _given(run: Run, data: Any, collate: examples.Collate | None) -> examples.RowStore:
-    wanted = {digest: number for number, digest in enumerate(run.tables.digests())}
-    layouts = {layout.encode() for layout in run.tables.layouts}
-    if collate is not None:
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-            raise OptionError(
-                f"open_run(collate=...) goes with a map-style data set, got {type(data).__name__}."
-            )
-        return examples.FromDataset(wanted, layouts, data, collate, run.source.where)
-    if not isinstance(data, Iterable):
-        raise OptionError(
-            f"open_run(examples=...) is an iterable of batches, got {type(data).__name__}; with a"
-            " map-style data set pass collate= too."
-        )
-    return examples.FromBatches(wanted, layouts, data, run.source.where)

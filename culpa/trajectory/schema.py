@@ -62,6 +62,20 @@ class Group(msgspec.Struct, frozen=True):
     optimizer: str
 
 
+class Reduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the gradients of several processes became one: the mean over ranks, bucket by bucket.
+
+    The micro-batches of an update are those of rank 0, then those of rank 1, and so on, as many of
+    each. Buffers are those of rank 0.
+    """
+
+    ranks: Annotated[int, msgspec.Meta(ge=2)]
+    backend: str
+    """Of torch.distributed, which sums."""
+    buckets: tuple[tuple[str, ...], ...]
+    """The parameters that were summed together, in the order in which they lay there."""
+
+
 class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Which optimizer made an update, by torch class name, and which parameters it held."""
 
@@ -70,6 +84,8 @@ class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     groups: tuple[tuple[str, ...], ...]
     members: tuple[tuple[str, Annotated[int, msgspec.Meta(ge=1)]], ...] = ()
     """Of several optimizers, in order: the class of each, and how many of the groups are its."""
+    reduction: Reduction | None = None
+    """Of an update that several processes made together."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -171,6 +187,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Parameters that no optimizer held: kept once."""
     examples: Literal["stored", "reference"] = "stored"
     """Whether the rows of batches are in the folder, or only their digests."""
+    frozen_values: Literal["reference"] | msgspec.UnsetType = msgspec.UNSET
+    """That only digests of the frozen parameters are in the folder. Not written if they are."""
     num_steps: Count = 0
     root_digest: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")] = ""
     """Hexadecimal; of a finished run only."""
@@ -185,6 +203,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def earlier(self) -> tuple[Job, ...]:
         """The jobs that later ones went on with, in order; none, of most runs."""
         return () if isinstance(self.jobs, msgspec.UnsetType) else self.jobs
+
+    @property
+    def frozen_by_reference(self) -> bool:
+        """Whether the values of frozen parameters must be given by whoever walks the run."""
+        return self.frozen_values == "reference"
 
     @property
     def finished(self) -> bool:

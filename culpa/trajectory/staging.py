@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from culpa.errors import RecordError
 from culpa.problem import Problem
-from culpa.trajectory import resume
+from culpa.trajectory import resume, tensors
 from culpa.trajectory.check import Drawn
 from culpa.trajectory.checkpoints import CheckpointPolicy
 from culpa.trajectory.commits import Keep
@@ -158,9 +158,15 @@ class Staging(ABC):
         """Parameters that no optimizer held before are part of the state from here on."""
         joining = {n: p for n, p in observer.held.items() if n not in self._held}
         if joining and not self._skipping:
-            frozen = State.decode((self._writer.folder / FROZEN_NAME).read_bytes()).params
+            frozen = tensors.load(memoryview((self._writer.folder / FROZEN_NAME).read_bytes()))
+            if any(f"params/{name}" not in frozen for name in joining):
+                raise RecordError(
+                    f"{min(joining)} begins to train, and only its digest was recorded: with"
+                    " frozen='reference' no parameter may join later. Record with"
+                    " frozen='stored'."
+                )
             observer.require_unchanged(
-                State({name: frozen[name] for name in joining}), "they begin to train"
+                State({name: frozen[f"params/{name}"] for name in joining}), "they begin to train"
             )
         self._joining = clone({name: p.cpu() for name, p in joining.items()})
         self._held = [*self._held, *joining]

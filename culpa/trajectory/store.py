@@ -35,6 +35,7 @@ from culpa.trajectory.chain import (
 )
 from culpa.trajectory.checkpoints import CheckpointPolicy
 from culpa.trajectory.commits import Commit
+from culpa.trajectory.frozen import digest_of_all
 from culpa.trajectory.point import LoopEnd
 from culpa.trajectory.rows import LookedUp, RowIndex
 from culpa.trajectory.schema import (
@@ -79,14 +80,14 @@ class Store:
         self.kept: set[int] = set()
 
     @classmethod
-    def create(cls, folder: Path, manifest: Manifest, initial: State, frozen: State) -> Store:
+    def create(cls, folder: Path, manifest: Manifest, initial: State, frozen: bytes) -> Store:
         """A new folder, with the manifest last: before it is there, nothing was recorded."""
         files.make_folder(folder / STATES)
-        files.write_durably(folder / FROZEN_NAME, frozen.encode())
+        files.write_durably(folder / FROZEN_NAME, frozen)
         with contextlib.ExitStack() as undo:
             undo.callback(log.abandon, connection := log.create(folder / LOG))
             undo.callback((pack := files.open_new(folder / PACK)).close)
-            store = cls(folder, manifest, connection, pack, frozen.digest())
+            store = cls(folder, manifest, connection, pack, digest_of_all(frozen, manifest))
             store.keep(0, initial, None)
             store.commit()
             files.flush_folder(folder)
@@ -103,7 +104,7 @@ class Store:
             rows = "SELECT max(offset + size) FROM example WHERE offset >= 0"  # -1: by reference
             end = log.rows(connection, rows)[0][0] or 0
             undo.callback((pack := files.open_at(folder / PACK, end)).close)
-            frozen = State.decode((folder / FROZEN_NAME).read_bytes()).digest()
+            frozen = digest_of_all((folder / FROZEN_NAME).read_bytes(), manifest)
             store = cls(folder, manifest, connection, pack, frozen)
             store._load()
             store._remove_orphans()

@@ -96,9 +96,11 @@ def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[
         if not allow_drift:
             environment.require_same(recorded, here, str(run.path))
         same = not any(d.matters for d in environment.compare(recorded, here))
-        with borrowed(problem.model):
+        run.frozen.give(dict(problem.model.named_parameters()))
+        with borrowed(problem.model, run.frozen.by_reference):
             engine = Engine(problem, Fidelity(allow_drift, same))
-            engine.load(State(run.frozen_parameters()))
+            if not run.frozen.by_reference:
+                engine.load(State(run.frozen_parameters()))
             yield engine
 
 
