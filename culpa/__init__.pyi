@@ -53,6 +53,8 @@ from .estimators.from_checkpoints.run import from_checkpoints as from_checkpoint
 from .estimators.layers import LayerEffects as LayerEffects
 from .estimators.layers import by_layer as by_layer
 from .estimators.layers import effect_by_layer as effect_by_layer
+from .estimators.side_by_side import Replays as Replays
+from .estimators.side_by_side import replay_many as replay_many
 from .estimators.smoothing import Smoothing as Smoothing
 from .estimators.trust import Trust as Trust
 from .integrations.trainer_output import Drifted as Drifted
@@ -70,6 +72,9 @@ from .trajectory.checkpoints import Thinned as Thinned
 from .trajectory.durability import Durability as Durability
 from .trajectory.growth import Grown as Grown
 from .trajectory.growth import grow as grow
+from .trajectory.hold import OnCpu as OnCpu
+from .trajectory.hold import OnDisk as OnDisk
+from .trajectory.ranks.execute import across_ranks as across_ranks
 from .trajectory.record import record as record
 from .trajectory.recorder import Recorder as Recorder
 from .trajectory.replay import Counterfactual as Counterfactual

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from culpa.errors import OptionError, ProblemError
 from culpa.shortcuts import without_shortcuts
@@ -24,7 +26,8 @@ class Problem:
 
     Args:
         model: the module that is trained. culpa borrows it for replays and products and leaves it
-            as it found it.
+            as it found it. Of a ``DistributedDataParallel`` the module inside is meant, and
+            ``culpa.record`` sees how its gradients are reduced (docs/distributed.md).
         loss: ``loss(model, batch) -> scalar tensor``, exactly what the loop calls ``.backward()``
             on for one micro-batch. It must use the ``model`` it is given.
         example_losses: optional ``example_losses(model, batch) -> [B]`` whose mean is ``loss``;
@@ -62,8 +65,9 @@ class Problem:
                     "Problem(optimizers=...) takes subclasses of torch.optim.Optimizer, got"
                     f" {one!r}. Pass the class itself, not an optimizer."
                 )
-        self.model = model
-        self._places = Places(model)
+        self.wrapper = model if isinstance(model, DistributedDataParallel) else None
+        self.model: nn.Module = model if self.wrapper is None else self.wrapper.module
+        self._places = Places(self.model)
         self.loss = loss
         self.example_losses = example_losses
         self.optimizers = tuple(optimizers)
@@ -102,9 +106,10 @@ class Problem:
     def evaluate(self, batch: Any) -> Tensor:
         """The loss of one micro-batch at the model as it is, checked to be a finite scalar."""
         value = check_loss(self.loss(self.model, batch))
-        if not bool(torch.isfinite(value.detach())):
+        number = float(value.detach())
+        if not math.isfinite(number):
             raise ProblemError(
-                f"the loss is {float(value.detach())}, which is not finite. Nothing can be "
+                f"the loss is {number}, which is not finite. Nothing can be "
                 "attributed in a run that diverged: lower the learning rate or clip gradients."
             )
         return value
@@ -164,7 +169,7 @@ class StagedProblem(Problem):
         first = next(iter(problems.values()))
         graded = all(problem.example_losses for problem in problems.values())
         super().__init__(
-            first.model,
+            first.wrapper or first.model,
             _stage_unknown,
             _stage_unknown if graded else None,
             optimizers=tuple(dict.fromkeys(c for p in problems.values() for c in p.optimizers)),

@@ -7,7 +7,7 @@ space, and every function here treats it so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ Tree = dict[str, Tensor]
 """Tensors by name."""
 Slots = dict[str, Tree]
 """An optimizer's state: slot name (such as ``"momentum_buffer"``) -> tensors by name."""
+BLOCK = 2**15
+"""Numbers that inner products take at a time: they stay in the processor's cache."""
+_WIDE = (torch.float32, torch.float64)
+_SAFE = (1e-24, 1e24)
 
 
 def clone(tree: Mapping[str, Tensor]) -> Tree:
@@ -60,17 +64,30 @@ def scale(factor: float, tree: Mapping[str, Tensor]) -> Tree:
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """<a, b>, accumulated in float64 whatever the dtype of the tensors."""
-    return math.fsum(float(torch.dot(_flat(a[n]), _flat(b[n]))) for n in a if n in b)
+    """<a, b>: blocks of ``BLOCK`` numbers in their own dtype, half precision in float64.
+
+    The blocks are added up in float64. Rounding: some 1e-8 of ||a|| ||b|| in float32. The memory
+    of a whole tensor in float64 takes forty times as long as the sum itself.
+    """
+    return math.fsum(part for n in a if n in b for part in _blocks(a[n], b[n], exact=False))
 
 
-def _flat(value: Tensor) -> Tensor:
-    return value.detach().reshape(-1).double()
+def _blocks(a: Tensor, b: Tensor, exact: bool) -> Iterator[float]:
+    left, right = a.detach().reshape(-1), b.detach().reshape(-1)
+    plain = left.dtype == right.dtype and left.dtype in _WIDE and not exact
+    if left.numel() <= BLOCK:
+        yield float(torch.dot(left, right) if plain else torch.dot(left.double(), right.double()))
+        return
+    for x, y in zip(left.split(BLOCK), right.split(BLOCK), strict=True):
+        yield float(torch.dot(x, y) if plain else torch.dot(x.double(), y.double()))
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
-    """Euclidean norm, accumulated in float64; nan if anything is."""
-    return math.sqrt(max(dot(tree, tree), 0.0))
+    """Euclidean norm, as exact as ``dot``; nan if anything is."""
+    square = dot(tree, tree)
+    if not _SAFE[0] < square < _SAFE[1]:  # squares in float32 end where their roots do not
+        square = math.fsum(x for v in tree.values() for x in _blocks(v, v, exact=True))
+    return math.sqrt(max(square, 0.0))
 
 
 def is_finite(tree: Mapping[str, Tensor]) -> bool:

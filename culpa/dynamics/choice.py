@@ -1,21 +1,20 @@
 """Before a sweep: whether the model can do what the propagator needs, and how it is computed.
 
 A propagator that the model cannot support is refused here, by name, with those that work. For
-``Exact(hvp="auto")`` the strategy is chosen: an exact one that the model supports; and, in sweeps
-over at least ``MEASURED_FROM`` updates, the fastest of what was timed on three of them, where
-finite differences qualify only if they are within ``EQUAL`` of the exact products there, and on
-every later check. Timing noise cannot turn results by more than that: an exact strategy gives way
-to another, or to finite differences, only if it takes ``1 / CLEARLY`` times as long.
+``Exact(hvp="auto")`` the strategy is chosen: an exact one that the model supports; and in reverse
+sweeps over at least ``CHECKED_FROM`` updates one-sided differences, at a third of its cost, for as
+long as they are within ``EQUAL`` of the exact products. That is checked during the sweep: at its
+first update, at ``CHECKED`` of its length, and wherever the products change in size as they have
+not before. From the first check that fails on, the products are exact. Models with operations that
+are known to have kinks, such as ReLU, are not tried: a small one may cross none at an update that
+is checked. No clock decides, so that results repeat.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
-
-import torch
 
 from culpa import tree
 from culpa.dynamics.curvature import hessian
@@ -23,6 +22,7 @@ from culpa.dynamics.curvature.support import (
     EQUAL,
     consistent,
     examine,
+    kinks,
     not_symmetric,
     tried,
     worst,
@@ -39,21 +39,13 @@ from culpa.trajectory.run import Run
 from culpa.trajectory.walk import forward
 from culpa.tree import Tree
 
-MEASURED_FROM = 200
-"""Updates of a sweep from which on measuring pays for itself (it costs some 60 gradients)."""
-CLEARLY = 0.75
-"""A strategy is preferred to a better one if it takes at most this share of its time."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a strategy took on the surveyed updates.
-
-    ``seconds``: the median; ``error``: the largest relative difference from the exact product.
-    """
-
-    seconds: float
-    error: float
+CHECKED_FROM = 50
+"""Updates of a sweep from which on differences pay for their checks (some 20 gradients)."""
+CHECKED = (0.0, 1 / 16, 1 / 4, 1 / 2, 3 / 4)
+"""Where in a sweep differences are compared with the exact product."""
+SUDDEN = 3.0
+"""A product this much larger or smaller than all that were checked is checked as well."""
+ONE_SIDED = "one-sided-difference"
 
 
 @dataclass
@@ -61,39 +53,88 @@ class Choice:
     """What a sweep multiplies by, and why.
 
     Attributes:
-        propagator: with its strategy named.
-        reason: for the user to read.
+        propagator: what multiplies now.
+        because: why, before anything was measured.
         reference: the strategy that the sweep's own checks take for the truth.
-        measured: by strategy; empty where nothing was timed.
         fallback: what the sweep may fall back to, if the model supports it.
         provisional: whether the products are approximations that further checks may end.
+        length: updates of the sweep.
+        gaps: by checked update, the relative difference of the products from the exact ones.
+        named: the propagator with its strategy, whatever the sweep fell back to since; the exact
+            one where differences were given up.
     """
 
     propagator: Propagator
-    reason: str
+    because: str
     reference: str = "reverse-over-reverse"
-    measured: dict[str, Measured] = field(default_factory=dict[str, Measured])
     fallback: Propagator | None = None
     provisional: bool = False
+    length: int = 0
+    gaps: dict[int, float] = field(default_factory=dict[int, float])
+    named: Propagator = field(init=False)
+    _passed: int = 0
+    _sizes: tuple[float, float] = (math.inf, 0.0)
 
-    def fall_back(self) -> None:
-        """Multiply by the fallback's matrix from here on."""
-        if self.fallback is not None:
-            self.propagator, self.fallback, self.provisional = self.fallback, None, False
+    def __post_init__(self) -> None:
+        """Name what it begins with."""
+        self.named = self.propagator
+
+    @property
+    def reason(self) -> str:
+        """For the user to read: what was chosen, why, and what was measured."""
+        if not self.gaps:
+            return self.because
+        passed = {k: gap for k, gap in self.gaps.items() if gap <= EQUAL}
+        said = self.because
+        if passed:
+            where = ", ".join(map(str, passed))
+            said += f"; within {max(passed.values()):.0e} of {self.reference} at updates {where}"
+        for k, gap in self.gaps.items():
+            if gap > EQUAL:
+                said += f"; given up for {self.reference} at update {k}, where it was {gap:.0e} off"
+        return said
+
+    @property
+    def judge(self) -> str:
+        """The strategy for products that these are to be compared with, no dearer than need be."""
+        return "finite-difference" if self.provisional else self.reference
+
+    def again(self) -> Choice:
+        """The same choice for another sweep, with nothing measured yet."""
+        return replace(self, gaps={})
+
+    def fall_back(self, local: LocalLoss, vector: Tree) -> bool:
+        """Multiply by the fallback's matrix from here on, if there is one and the model has it."""
+        instead, self.fallback = self.fallback, None
+        if instead is None or _failure(instead, local, vector, along=False):
+            return False
+        self.propagator, self.provisional = instead, False
+        return True
 
     def confirmed(self, local: LocalLoss, vectors: Sequence[Tree], found: list[Tree]) -> list[Tree]:
-        """The products ``found``; the exact ones, from here on, where they stopped agreeing."""
+        """The products ``found``; the exact ones, from here on, where they stopped agreeing.
+
+        To be called at every update. Cost: two norms, and at the updates that are checked the
+        exact products.
+        """
         if not self.provisional or not isinstance(self.propagator, Exact):
             return found
+        size, of = tree.norm(found[0]), tree.norm(vectors[0])
+        size = size / of if of > 0.0 else 0.0
+        due = {int(part * self.length) for part in CHECKED}
+        least, most = self._sizes
+        known = least / SUDDEN <= size <= most * SUDDEN
+        if self._passed not in due and known:
+            self._passed += 1
+            return found
+        self._passed += 1
+        self._sizes = min(least, size), max(most, size)
         exact = hessian.products(local, local.params, vectors, self.reference)
-        gap = worst(found, exact)
+        gap = self.gaps[local.transition.index] = worst(found, exact)
         if gap <= EQUAL:
             return found
-        self.propagator, self.provisional = replace(self.propagator, hvp=self.reference), False
-        self.reason += (
-            f"; given up for {self.reference} at update {local.transition.index}, where it was"
-            f" {gap:.1e} off"
-        )
+        self.named = self.propagator = replace(self.propagator, hvp=self.reference)
+        self.provisional = False
         return exact
 
 
@@ -114,7 +155,7 @@ def settle(
         vectors: like those that the sweep multiplies; names may be missing or in excess.
         length: updates that the sweep goes through.
         along: whether it needs gradient differences along displacements instead of products.
-        fallback: what the sweep would fall back to; left out of the choice if unsupported.
+        fallback: what the sweep would fall back to.
 
     Raises:
         UnsupportedError: the model cannot do it; says why, and names what works.
@@ -129,19 +170,17 @@ def settle(
         found = examine(local, ["reverse-over-reverse"], tried_on[0])
         reference = next(iter(found.products), "finite-difference")
         return Choice(propagator, "as asked", reference)
-    kept = fallback if fallback and not _failure(fallback, local, tried_on[0], along) else None
     if propagator.hvp != "auto":
         found = examine(local, [propagator.hvp], tried_on[0])
         if propagator.hvp in found.refused:
             raise _refusal(propagator, found.refused[propagator.hvp], local, tried_on[0], along)
         reference = next((s for s in hessian.EXACT if s in found.products), "finite-difference")
-        return Choice(propagator, "as asked", reference, fallback=kept)
-    measuring = length >= MEASURED_FROM and len(updates) > 1
-    found = examine(local, hessian.EXACT if measuring else ["reverse-over-reverse"], tried_on[0])
-    if not found.products and not measuring:
+        return Choice(propagator, "as asked", reference, fallback)
+    found = examine(local, ["reverse-over-reverse"], tried_on[0])
+    if not found.products:
         found = examine(local, hessian.EXACT, tried_on[0])
-    exact = [s for s in hessian.EXACT if s in found.products]
-    if not exact:
+    exact = next((s for s in hessian.EXACT if s in found.products), None)
+    if exact is None:
         cause = "; ".join(f"{s}: {why}" for s, why in found.refused.items())
         if consistent(local, tried_on[0]) is None:
             raise _refusal(propagator, cause, local, tried_on[0], along)
@@ -149,77 +188,18 @@ def settle(
             replace(propagator, hvp="finite-difference"),
             f"finite-difference: two steps agree, and nothing exact is supported ({cause})",
             "finite-difference",
-            fallback=kept,
+            fallback,
         )
-    if not measuring:
-        reason = f"{exact[0]}: supported; not timed for fewer than {MEASURED_FROM} updates"
-        return Choice(replace(propagator, hvp=exact[0]), reason, exact[0], fallback=kept)
-    chosen, reason, measured = _survey(exact, local, updates, vectors, differences=not along)
-    return Choice(
-        replace(propagator, hvp=chosen),
-        reason,
-        exact[0],
-        measured,
-        kept,
-        provisional=chosen not in hessian.EXACT,
-    )
-
-
-def _survey(
-    exact: list[str],
-    first: LocalLoss,
-    updates: Sequence[Callable[[], LocalLoss]],
-    vectors: Sequence[Tree],
-    *,
-    differences: bool,
-) -> tuple[str, str, dict[str, Measured]]:
-    """The strategy to use, why, and what was measured."""
-    seconds: dict[str, list[float]] = {}
-    errors: dict[str, list[float]] = {}
-    where: list[int] = []
-    running = [*exact, *(s for s in hessian.STRATEGIES if differences and s not in hessian.EXACT)]
-    for at, walk in enumerate(updates):
-        local = first if at == 0 else walk()
-        directions = _directions(local, vectors)
-        where.append(local.transition.index)
-        truth: list[Tree] = []
-        for strategy in running:
-            began = _now(local)
-            found = hessian.products(local, local.params, directions, strategy)
-            seconds.setdefault(strategy, []).append(_now(local) - began)
-            truth = truth or found  # the first strategy is exact
-            errors.setdefault(strategy, []).append(worst(found, truth))
-        # What was slower than the first strategy is not timed again.
-        running = [s for s in running if median(seconds[s]) <= median(seconds[exact[0]])]
-    measured = {s: Measured(median(seconds[s]), max(errors[s])) for s in seconds}
-    chosen = exact[0]
-    for strategy in running:
-        agrees = measured[strategy].error <= EQUAL
-        if agrees and _faster(strategy, chosen, seconds):
-            chosen = strategy
-    return chosen, _reason(chosen, exact[0], measured, where), measured
-
-
-def _faster(one: str, other: str, seconds: dict[str, list[float]]) -> bool:
-    return median(seconds[one]) <= CLEARLY * median(seconds[other])
-
-
-def _reason(chosen: str, exact: str, measured: dict[str, Measured], where: Sequence[int]) -> str:
-    base = measured[exact].seconds
-    rows = ", ".join(
-        f"{s} {m.seconds / base:.2f} of the time and {m.error:.0e} off"
-        for s, m in measured.items()
-        if s != exact
-    )
-    shown = ", ".join(map(str, where))
-    return f"{chosen}: measured on updates {shown} against {exact}: {rows or 'nothing else works'}"
-
-
-def _now(local: LocalLoss) -> float:
-    """Seconds, once the device has done what it was given."""
-    if any(p.is_cuda for p in local.params.values()):
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    if along:
+        return Choice(replace(propagator, hvp=exact), f"{exact}: supported", exact, fallback)
+    bent = kinks(local) if length >= CHECKED_FROM else []
+    if length < CHECKED_FROM or bent:
+        untried = (
+            f"for fewer than {CHECKED_FROM} updates" if not bent else f"with {', '.join(bent)}"
+        )
+        reason = f"{exact}: supported; differences are not tried {untried}"
+        return Choice(replace(propagator, hvp=exact), reason, exact, fallback)
+    return Choice(replace(propagator, hvp=ONE_SIDED), ONE_SIDED, exact, fallback, True, length)
 
 
 def _directions(local: LocalLoss, vectors: Sequence[Tree]) -> list[Tree]:
@@ -271,14 +251,11 @@ def _refusal(
 def surveyed(
     run: Run, engine: Engine, problem: Problem, start: int
 ) -> list[Callable[[], LocalLoss]]:
-    """At most three updates spread over [start, num_steps), each a walk of one update or few."""
+    """A kept update from ``start`` on, as a walk of one update or few."""
 
-    def walk(k: int) -> Callable[[], LocalLoss]:
-        def go() -> LocalLoss:
-            (transition,) = forward(run, engine, k, k + 1)
-            return LocalLoss(problem, transition)
+    def go() -> LocalLoss:
+        (transition,) = forward(run, engine, at, at + 1)
+        return LocalLoss(problem, transition)
 
-        return go
-
-    kept = [k for k in run.kept_states if start <= k < run.num_steps] or [start]
-    return [walk(k) for k in dict.fromkeys((kept[0], kept[len(kept) // 2], kept[-1]))]
+    at = next((k for k in run.kept_states if start <= k < run.num_steps), start)
+    return [go]

@@ -7,7 +7,8 @@ more parameter:
     f(theta, u) = sum_i u_i s_i(theta),     H_f (w, 0) = (H w, (w . grad s_i)_i):
 
 the products with the Hessian that a sweep needs anyway have the examples' slopes in them, for next
-to nothing. Sweeps with other propagators take a forward-mode product instead.
+to nothing. A product by differences has evaluated s_i(theta + e w), and the slope is a difference
+of losses: one more forward pass at most. Other propagators take a forward-mode product instead.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from culpa import tree
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss, differentiable_twice
 from culpa.dynamics.propagator import Exact, Propagator
+from culpa.dynamics.shares import over_rows
 from culpa.errors import ProblemError
+from culpa.trajectory.ranks.execute import sharing
 from culpa.tree import Tree
 
 WEIGHTS = "weight of every example "
 """The name of u among the parameters; no module can have one that ends like this."""
 CLOSE = 1e-2
 """Relative difference of the loss from the examples' mean that rounding in bfloat16 explains."""
+BACK = 5e-4
+"""In units of ||theta|| / ||w||: the step of the further forward pass, wider than that of one-sided
+differences, whose rounding would be some 1 % of an example's slope."""
 
 
 class _Weighted(LocalLoss):
@@ -43,20 +50,50 @@ class _Weighted(LocalLoss):
         theta = {name: value for name, value in params.items() if name != WEIGHTS}
         return (params[WEIGHTS] * self.example_values(theta)).sum()
 
+    def parts(self) -> list[LocalLoss]:
+        """Itself: the weights are those of all micro-batches."""
+        return [self]
+
+
+class _Watched(LocalLoss):
+    """The loss as the sum of its shares, which it notes wherever a gradient is taken."""
+
+    def __init__(self, local: LocalLoss) -> None:
+        super().__init__(local.problem, local.transition, local.observed)
+        self.seen: list[Tensor] = []
+
+    def value(self, params: Tree) -> Tensor:
+        """As for ``LocalLoss``."""
+        shares = self.example_values(params)
+        self.seen.append(shares.detach())
+        return shares.sum()
+
+    def parts(self) -> list[LocalLoss]:
+        """Itself: shares are noted of all micro-batches together."""
+        return [self]
+
 
 def products(
     propagator: Propagator, local: LocalLoss, cotangents: Sequence[Tree], examples: int
 ) -> tuple[list[Tree], list[Tensor]]:
     """C w of the propagator, and the slopes w . grad s_i, float64 ``[examples]``, for each w.
 
-    Cost: that of the products for ``Exact`` with second derivatives; for the others one
-    forward-mode product, about one gradient, for each cotangent besides.
+    Cost: that of the products for ``Exact`` with second derivatives or central differences; with
+    one-sided ones a forward pass for each cotangent besides; for the others one forward-mode
+    product, about one gradient.
     """
+    if sharing() is not None:
+        return over_rows(
+            local, lambda part, n: products(propagator, part, cotangents, n), cotangents, examples
+        )
     if isinstance(propagator, Exact) and propagator.hvp in ("auto", *hessian.EXACT):
         weighted = _Weighted(local, examples)
         still = torch.zeros_like(weighted.params[WEIGHTS])
         found = propagator.products(weighted, [{**w, WEIGHTS: still} for w in cotangents])
         slopes = [product.pop(WEIGHTS) for product in found]
+    elif isinstance(propagator, Exact):
+        both = [_by_differences(propagator, local, w, examples) for w in cotangents]
+        found, slopes = [bent for bent, _ in both], [slope for _, slope in both]
     else:
         found = propagator.products(local, cotangents)
         with differentiable_twice():
@@ -64,6 +101,26 @@ def products(
                 torch.func.jvp(local.example_values, (local.params,), (w,))[1] for w in cotangents
             ]
     return found, [slope.detach().double().cpu() for slope in slopes]
+
+
+def _by_differences(
+    propagator: Exact, local: LocalLoss, w: Tree, examples: int
+) -> tuple[Tree, Tensor]:
+    """One product by differences, and the slopes by the losses that it has evaluated."""
+    watched = _Watched(local)
+    (bent,) = propagator.products(watched, [w])
+    ahead = hessian.one_sided_step(watched.params, w)
+    central = hessian.step_of(watched.params, w, hessian.RELATIVE_STEP)
+    back = hessian.step_of(watched.params, w, BACK)
+    if ahead is None or central is None or back is None:
+        return bent, torch.zeros(examples)
+    if propagator.hvp == "finite-difference":
+        above, below = watched.seen
+        return bent, (above.double() - below.double()) / (2.0 * central)
+    above = watched.seen[-1]
+    with torch.no_grad():
+        below = local.example_values(tree.subtract(watched.params, tree.scale(back, w)))
+    return bent, (above.double() - below.double()) / (ahead + back)
 
 
 def check_losses(local: LocalLoss, examples: int) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from culpa import tree
+from culpa.dynamics.shares import decide, over_ranks
 from culpa.errors import UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import batches, rng
@@ -52,6 +55,7 @@ class LocalLoss:
             and value.is_floating_point()  # integers have no derivative, and stand still for ever
         ]
         self.params: Tree = {name: before[name] for name in (*self.grads, *still)}
+        self.by_rows: bool | None = None  # whether ranks may split it by rows; None: not known
         self._kept: dict[Hashable, Any] = {}
         self._away: tuple[Tree, Tree] | None = None
 
@@ -106,12 +110,41 @@ class LocalLoss:
 
     def gradient(self, params: Tree) -> Tree:
         """The gradient at ``params``, without a graph."""
+        return over_ranks(self, lambda part: [part.whole_gradient(params)], [params])[0]
+
+    def whole_gradient(self, params: Tree) -> Tree:
+        """``gradient``, by this process alone; memory: that of one micro-batch."""
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         with torch.enable_grad():
-            found = torch.autograd.grad(
-                self.value(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True
+            found = [
+                torch.autograd.grad(
+                    part.value(leaves),
+                    list(leaves.values()),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for part in self.parts()
+            ]
+        return reduce(tree.add, (dict(zip(leaves, grads, strict=True)) for grads in found))
+
+    def parts(self) -> list[LocalLoss]:
+        """The share of every micro-batch as a loss of its own: they sum to this one."""
+        transition = self.transition
+        count = len(transition.batches)
+        if count == 1:
+            return [self]
+        weights = transition.record.weights or (1 / count,) * count
+        return [
+            self.of(
+                replace(
+                    transition,
+                    record=msgspec.structs.replace(transition.record, weights=(weight,)),
+                    batches=[batch],
+                    randoms=transition.randoms[at : at + 1],
+                )
             )
-        return dict(zip(leaves, found, strict=True))
+            for at, (weight, batch) in enumerate(zip(weights, transition.batches, strict=True))
+        ]
 
     def row_counts(self) -> list[int]:
         """The number of rows of each micro-batch.
@@ -128,6 +161,12 @@ class LocalLoss:
         return counts
 
     @property
+    def batches_a_rank(self) -> int:
+        """The micro-batches of each of the ranks that made the update together."""
+        reduction = self.transition.record.optimizer.reduction
+        return len(self.transition.batches) // (1 if reduction is None else reduction.ranks)
+
+    @property
     def normalises_by_batch(self) -> bool:
         """Whether a BatchNorm layer of the model was in training mode at this update."""
         evaluating = frozenset(self.transition.record.evaluating)
@@ -138,22 +177,31 @@ class LocalLoss:
 
     def on_rows(self, rows: Sequence[Sequence[int]]) -> LocalLoss:
         """The same loss on some rows of each micro-batch."""
+        decide(self)
         chosen = [
             batches.take_rows(batch, torch.tensor(index))
             for batch, index in zip(self.transition.batches, rows, strict=True)
         ]
-        return LocalLoss(self.problem, replace(self.transition, batches=chosen), False)
+        return self.of(replace(self.transition, batches=chosen))
+
+    def of(self, transition: Transition) -> LocalLoss:
+        """The same loss on another transition, of whose gradient nothing is known."""
+        there = LocalLoss(self.problem, transition, False)
+        there.by_rows = self.by_rows
+        return there
 
     def around(self, params: Tree) -> LocalLoss:
         """The same loss with other values for the parameters that a call leaves out."""
+        decide(self)
         before = self.transition.before
         moved = replace(before, params=before.params | params)
-        return LocalLoss(self.problem, replace(self.transition, before=moved), False)
+        return self.of(replace(self.transition, before=moved))
 
     def with_buffers(self, buffers: Tree) -> LocalLoss:
         """The same update from other buffers, its gradient computed there: one gradient."""
+        decide(self)
         before = replace(self.transition.before, buffers=self.transition.before.buffers | buffers)
-        there = LocalLoss(self.problem, replace(self.transition, before=before), False)
+        there = self.of(replace(self.transition, before=before))
         grads = there.moving(there.gradient(there.params))
         return LocalLoss(self.problem, replace(there.transition, grads=grads))
 

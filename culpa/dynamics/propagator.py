@@ -53,8 +53,9 @@ class Exact:
         hvp: how products are computed: ``"reverse-over-reverse"``, ``"forward-over-reverse"``,
             ``"reverse-over-forward"`` (equal but for rounding), ``"finite-difference"`` (central)
             or ``"one-sided-difference"`` (with the gradient that the replay has). ``"auto"`` lets
-            ``culpa.attribute`` and ``culpa.embed`` choose by what the model supports and by what
-            they measure; they say what and why. Elsewhere it is reverse-over-reverse.
+            ``culpa.attribute`` and ``culpa.embed`` choose: an exact way that the model supports, or
+            in attribute, for smooth models, one-sided differences while they agree with it; they
+            say what, why, and the gaps measured. Elsewhere it is reverse-over-reverse.
         at: for embeddings, where the curvature is taken along a displacement D: ``"observed"``
             (theta_k, the paper's), ``"midpoint"`` (theta_k - D/2, exact for cubic losses) or
             ``"gauss"`` (two Gauss points along D, exact for losses of degree five; twice the cost).

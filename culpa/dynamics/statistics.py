@@ -116,12 +116,16 @@ class Traced:
 def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
     """The forward passes of one update from ``params`` and ``buffers``, differentiable in both.
 
-    ``buffers`` replace those of the observed state by name.
+    ``buffers`` replace those of the observed state by name. Of an update that several ranks made
+    every rank's passes begin there, and those of the first one's passes last.
     """
-    values: Tree = local.transition.before.buffers | buffers
+    start: Tree = local.transition.before.buffers | buffers
+    values, ends = start, list[Tree]()
     losses: list[Tensor] = []
     read: set[str] = set()
-    for weight, batch in local.micro_batches():
+    for at, (weight, batch) in enumerate(local.micro_batches()):
+        if at and at % local.batches_a_rank == 0:
+            ends, values = [*ends, values], start
         held = tree.clone(values)
         with Follow(held, dict(values)) as follow:
             everything = local.everything(params)
@@ -130,7 +134,7 @@ def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
         # Counts of batches are moved by the module itself, in place.
         moved = {n: v for n, v in held.items() if not v.is_floating_point()}
         values, read = follow.values | moved, read | follow.read
-    return Traced(torch.stack(losses).sum(), values, frozenset(read))
+    return Traced(torch.stack(losses).sum(), [*ends, values][0], frozenset(read))
 
 
 def advance(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
@@ -159,12 +163,17 @@ def evaluate(
 
 
 def pullback(
-    local: LocalLoss, running: Sequence[str], gradients: Sequence[Tree], cotangents: Sequence[Tree]
+    local: LocalLoss,
+    running: Sequence[str],
+    gradients: Sequence[Tree],
+    cotangents: Sequence[Tree],
+    curved: bool = False,
 ) -> list[tuple[Tree, Tree]]:
     """Cotangents w of the gradient and p of r_{k+1} -> what theta_k gains, and those of r_k.
 
-    What theta_k gains from w, the Hessian product, is left to the propagator. Cost: a forward pass
-    and a backward pass for each cotangent; where the loss depends on r, about two and a half more.
+    What theta_k gains from w, the Hessian product, is left to the propagator, unless ``curved``: it
+    is added then, for hardly more than its own cost. Otherwise: a forward pass and a backward pass
+    for each cotangent; where the loss depends on r, about two and a half more.
 
     Raises:
         UnsupportedError: for a statistic that the observed update did not move as modelled here.
@@ -176,13 +185,19 @@ def pullback(
         traced = trace(local, theta, moving)
         _check_followed(local, traced, moving)
         after = [traced.buffers[n] for n in moving]
-        slopes = _gradients([traced.loss], theta) if traced.read & moving.keys() else {}
+        crossed = curved or bool(traced.read & moving.keys())
+        slopes = _gradients([traced.loss], theta) if crossed else {}
         for w, p in zip(gradients, cotangents, strict=True):
-            pulled = _gradients(after, theta | moving, [_entry(p, n, v) for n, v in moving.items()])
-            if any(slope.requires_grad for slope in slopes.values()):
-                weights = [_entry(w, n, v) for n, v in theta.items()]
-                crossed = _gradients(list(slopes.values()), moving, weights)
-                pulled |= {n: pulled[n] + v for n, v in crossed.items()}
+            weights = [_entry(p, n, v) for n, v in moving.items()]
+            bent = [_entry(w, n, theta[n]) for n in slopes]
+            if curved:
+                both = [*after, *slopes.values()]
+                pulled = _gradients(both, theta | moving, [*weights, *bent], graph=False)
+            else:
+                pulled = _gradients(after, theta | moving, weights, graph=False)
+                if any(slope.requires_grad for slope in slopes.values()):
+                    across = _gradients(list(slopes.values()), moving, bent, graph=False)
+                    pulled |= {n: pulled[n] + v for n, v in across.items()}
             for count, column in columns.items():
                 pulled[count] = _entry(p, count) + tree.dot(column, p)
             pulled = tree.map_values(torch.detach, pulled)
@@ -231,8 +246,10 @@ def _leaves(local: LocalLoss, running: Sequence[str]) -> tuple[Tree, Tree]:
     return ready(local.params), ready(moving)
 
 
-def _gradients(of: Sequence[Tensor], wrt: Tree, weights: Sequence[Tensor] | None = None) -> Tree:
-    """The gradient of sum_i <of_i, weights_i>, itself differentiable; zero without dependence."""
+def _gradients(
+    of: Sequence[Tensor], wrt: Tree, weights: Sequence[Tensor] | None = None, graph: bool = True
+) -> Tree:
+    """The gradient of sum_i <of_i, weights_i>, with its graph; zero without dependence."""
     weights = weights or [torch.ones_like(value) for value in of]
     pairs = [(o, w) for o, w in zip(of, weights, strict=True) if o.requires_grad]
     if not pairs:
@@ -241,7 +258,8 @@ def _gradients(of: Sequence[Tensor], wrt: Tree, weights: Sequence[Tensor] | None
         [o for o, _ in pairs],
         list(wrt.values()),
         [w for _, w in pairs],
-        create_graph=True,
+        retain_graph=True,
+        create_graph=graph,
         allow_unused=True,
         materialize_grads=True,
     )

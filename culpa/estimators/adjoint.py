@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +19,16 @@ from culpa.dynamics.updates import Rules
 from culpa.errors import OptionError, UnsupportedError
 from culpa.estimators.curved import Curvature, curvature, mean_at, second_order
 from culpa.estimators.effects import running_statistics
+from culpa.estimators.passage import passage
 from culpa.estimators.smoothing import Smoothing, Trajectory, summarise
 from culpa.estimators.sweep import Adjoint, Sweep
 from culpa.estimators.trust import Trust
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
+from culpa.trajectory.hold import Hold
 from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
-from culpa.trajectory.walk import backward, session
+from culpa.trajectory.walk import session
 from culpa.tree import Tree
 
 COUNTERFACTUAL = "counterfactual effect of the example's gradient"
@@ -87,6 +88,7 @@ def attribute(
     examples: bool = False,
     order: int = 1,
     smoothing: Smoothing | None = None,
+    hold: Hold | None = None,
     allow_drift: bool = False,
     progress: Progress | None = None,
 ) -> Scores:
@@ -111,22 +113,27 @@ def attribute(
             BatchNorm in training mode an example has two parts in its update: its own loss, and the
             statistics by which all others are normalised. Its score is that of its loss, in the
             batch as it was; what the others, and the running statistics, owe to its presence is no
-            example's. Cost: little with exact products, which share their derivatives; else a
-            gradient an update.
+            example's. Cost: little with exact products, which share their derivatives; a forward
+            pass an update with differences; with other propagators a gradient an update.
         order: 1, the paper's; or 2, with the curvature of the behaviour along what each update did
             to the final parameters (curved.py), in ``steps`` and ``stages``, not in ``examples``.
             Under Adam, whose last updates are as large as any, that can be most of what order 1
             leaves out (docs/results/updates.md). Cost: eight more adjoints for each behaviour.
         smoothing: score along perturbed trajectories as well, such as ``culpa.Smoothing()``, for
             runs whose sweep explodes (growth beyond 40, or scores graded "not identified").
+        hold: where recomputed states wait for their turn: ``culpa.OnCpu()``, or
+            ``culpa.OnDisk(folder)``, for models of which the device or the machine does not hold
+            O(sqrt(K)) states. Default: where the model is. Smoothing holds its own there.
         allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
         progress: see ``culpa.progress``.
 
     Returns:
-        Scores with their trust. Cost: one replay of the run and, per update, about 1.5 + Q
-        gradients for Q behaviours, and at 16 updates three more for the trust; with smoothing the
-        same for each further trajectory, and one replay more. Memory: Q adjoints and O(sqrt(K))
-        states.
+        Scores with their trust. Cost: one replay of the run, but for updates between two kept
+        states, which are read (passage.py); and for each update and behaviour a gradient, where
+        differences agree with the exact products (choice.py; ``Scores.strategy`` says so), else
+        2.5 gradients and one or two for each further behaviour; and in all some 40 gradients for
+        checks and trust. With smoothing the same for each further trajectory, and one replay more.
+        Memory: Q adjoints and O(sqrt(K)) states.
 
     Raises:
         BehaviourError: if a behaviour does not return one finite number per test point.
@@ -162,10 +169,10 @@ def attribute(
                 length=run.num_steps,
                 fallback=GaussNewton() if propagator is None else None,
             )
-            exact, again = choice.propagator, [copy(choice) for _ in range(perturbed)]
+            again = [choice.again() for _ in range(perturbed)]
             asked = run, rules, counterfactual, examples, watch
             sweep = Sweep(problem, adjoints, width, choice, run.num_steps, running)
-            observed = sweep.along(backward(run, engine), *asked)
+            observed = sweep.along(passage(run, engine, hold), *asked)
             swept = [(observed, bent)]
             starts = smoothing.starts(run) if smoothing else iter(())
             for start, its_choice in zip(starts, again, strict=True):
@@ -192,7 +199,7 @@ def attribute(
         observed.trust,
         observed.singular,
         tuple(b.name for b in behaviours),
-        exact,
+        choice.named,
         observed.fallback,
         counterfactual,
         engine.fidelity.claim,

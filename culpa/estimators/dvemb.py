@@ -39,9 +39,10 @@ from culpa.estimators.effects import refuse_running_statistics
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.fidelity import BITWISE
+from culpa.trajectory.hold import backward
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import StepRecord
-from culpa.trajectory.walk import backward, session
+from culpa.trajectory.walk import session
 from culpa.tree import Tree
 
 SOURCE = (

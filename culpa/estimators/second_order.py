@@ -55,6 +55,6 @@ def second(choice: Choice, updates: list[Callable[[], LocalLoss]]) -> Choice:
     return replace(
         choice,
         propagator=SecondOrder(way),
-        reason=f"{choice.reason}; third derivatives by {reason}",
+        because=f"{choice.reason}; third derivatives by {reason}",
         provisional=False,
     )

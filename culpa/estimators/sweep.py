@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,19 +16,17 @@ from culpa.dynamics.clip import clip
 from culpa.dynamics.clip import derivative as clip_derivative
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss
+from culpa.dynamics.propagator import Exact, Propagator
 from culpa.dynamics.updates import Rules
 from culpa.estimators.effects import direct_effect, mismatch, slots_dot, statistics_made
+from culpa.estimators.probes import Probes
 from culpa.estimators.trust import GROWTH_DOUBTFUL, UPDATE_DOUBTFUL, Trust, grade_update
 from culpa.problem import Problem
 from culpa.progress import Progress
+from culpa.trajectory.ranks.execute import sharing
 from culpa.trajectory.run import Run
 from culpa.trajectory.walk import Transition
 from culpa.tree import Slots, Tree
-
-PROBES = 16
-"""At so many updates of a run the sweep measures how good its products are."""
-SETTLED = 3
-"""One probe may be an outlier: so many are wanted before the sweep falls back."""
 
 
 @dataclass
@@ -87,8 +86,8 @@ class Sweep:
         self.running = running
         self.choice = choice
         self.fallback: int | None = None
-        self._every = max(1, num_steps // PROBES)
-        self._residuals: list[float] = []
+        self.probes = Probes(num_steps)
+        self._growth, self._gap = 1.0, math.nan
 
     def along(
         self,
@@ -127,18 +126,15 @@ class Sweep:
 
     def trust(self, rules: Rules, transition: Transition, moved: Tree) -> Trust:
         """The trust in the scores of the update that the adjoints stand behind."""
-        growth = max(p.growth for p in self.asked)
+        self._growth = max(p.growth for p in self.asked)
         start = tree.norm(transition.before.params)
         displacement = tree.norm(moved) / start if start > 0.0 else float("inf")
-        gap = mismatch(rules, transition)
-        return Trust(
-            growth, displacement, self.residual, gap, grade_update(growth, self.residual, gap)
-        )
-
-    @property
-    def residual(self) -> float:
-        """The mean over the updates probed so far; nan before the first."""
-        return sum(self._residuals) / len(self._residuals) if self._residuals else float("nan")
+        closed = all(group.optimizer in updates.CLOSED for group in transition.record.groups)
+        if not closed or transition.index % self.probes.every == 0 or math.isnan(self._gap):
+            self._gap = mismatch(rules, transition)
+        gap, residual = self._gap, self.probes.mean
+        grade = grade_update(self._growth, residual, gap)
+        return Trust(self._growth, displacement, residual, gap, grade)
 
     def pull(
         self, rules: Rules, transition: Transition, by_example: Tensor | None, ids: Sequence[int]
@@ -160,17 +156,21 @@ class Sweep:
         )
         local = LocalLoss(self.problem, transition)
         raw = [local.spread(clip_derivative(transition.grads, record, w)) for _, _, w in pulled]
-        propagator = self.choice.propagator
-        if by_example is None:
+        propagator, probing = self.choice.propagator, self.probes.due(transition.index)
+        together = by_example is None and not probing and self._together(propagator)
+        if together:
+            curved = [dict[str, Tensor]() for _ in raw]
+        elif by_example is None:
             curved = propagator.products(local, raw)
         else:
-            if not self._residuals:
+            if math.isnan(self.probes.mean):
                 examples.check_losses(local, len(ids))
             curved, slopes = examples.products(propagator, local, raw, len(ids))
             by_example.index_add_(0, torch.tensor(ids), torch.stack(slopes, dim=1))
-        if transition.index % self._every == 0 or not self._residuals:
-            curved = self.choice.confirmed(local, raw, curved)
+        curved = self.choice.confirmed(local, raw, curved)
+        if probing:
             self._probe(local, raw, curved)
+        self._fall_back(local, raw[0])
         if not propagator.moves:
             return
         for p, (params, slots, _), bent in zip(self.adjoints, pulled, curved, strict=True):
@@ -178,21 +178,29 @@ class Sweep:
             p.slots = {} if record.reset else slots
         if self.running:
             held = [p.statistics for p in self.adjoints]
-            through = statistics.pullback(local, self.running, raw, held)
+            through = statistics.pullback(local, self.running, raw, held, together)
             for p, (gained, before) in zip(self.adjoints, through, strict=True):
                 p.params, p.statistics = tree.add(p.params, gained), before
 
+    def _together(self, propagator: Propagator) -> bool:
+        """Whether the products come with what the running statistics pull back to, in one pass."""
+        if not self.running or sharing() is not None:
+            return False
+        return isinstance(propagator, Exact) and propagator.hvp in ("auto", "reverse-over-reverse")
+
     def _probe(self, local: LocalLoss, raw: Sequence[Tree], curved: Sequence[Tree]) -> None:
-        """Compare one product with the Hessian's one update later; fall back if that is too far."""
+        """Compare one product with the Hessian's one update later."""
         q = max(range(len(self.asked)), key=lambda q: tree.norm(raw[q]))
         later = local.around(local.transition.after.params)
-        (truth,) = hessian.products(later, later.params, [raw[q]], self.choice.reference)
+        (truth,) = hessian.products(later, later.params, [raw[q]], self.choice.judge)
         size = tree.norm(truth)
         gap = tree.norm(tree.subtract(truth, curved[q]))
-        self._residuals.append(gap / size if size > 0.0 else float(gap > 0.0))
-        exploded = max(p.growth for p in self.asked) > GROWTH_DOUBTFUL
-        rough = len(self._residuals) >= SETTLED and self.residual > UPDATE_DOUBTFUL
-        instead = self.choice.fallback
-        if instead is not None and self.fallback is None and (exploded or rough):
-            self.choice.fall_back()
+        residual = gap / size if size > 0.0 else float(gap > 0.0)
+        self.probes.add(local.transition.index, residual)
+
+    def _fall_back(self, local: LocalLoss, vector: Tree) -> None:
+        """Take other products from the next update on, if these are no longer reliable."""
+        rough = self.probes.settled and self.probes.mean > UPDATE_DOUBTFUL
+        unreliable = rough or self._growth > GROWTH_DOUBTFUL
+        if unreliable and self.choice.fall_back(local, vector):
             self.fallback = local.transition.index

@@ -34,7 +34,8 @@ class Trust:
             how far the products that the sweep used (C_k w) are from the Hessian's one update
             later. It holds what the propagator leaves out and how fast the curvature changes, the
             Lipschitz constant of Theorem 4.1 at work; nan where no update follows.
-        mismatch: the relative distance of the differentiable step from the recorded one.
+        mismatch: the relative distance of the differentiable step from the recorded one; of SGD,
+            Adam and AdamW, whose steps are written out, at the next of 16 updates of the run.
         grade: ``"trusted"``, ``"doubtful"`` or ``"not identified"``.
     """
 

@@ -8,13 +8,12 @@ back executes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,27 +22,26 @@ from culpa.trajectory.digest import raw_bytes
 from culpa.trajectory.forms import (
     ALIGNMENT,
     Form,
-    Placement,
     describe,
     extent,
     form_of,
     most_spread,
 )
+from culpa.trajectory.gather import Columns, Matrix, Rows
 from culpa.trajectory.layout import (
     ArrayNode,
     DictNode,
     Layout,
-    Leaf,
     ListNode,
     Node,
     TensorNode,
     ValueNode,
     dtype_of,
-    leaf_count,
+    leaves_of,
     row_bytes,
 )
-
-Rows = npt.NDArray[np.uint8]
+from culpa.trajectory.recognition import joined
+from culpa.trajectory.schema import Placement
 
 
 @dataclass(frozen=True)
@@ -61,28 +59,28 @@ class EncodedBatch:
     @cached_property
     def rows(self) -> Rows:
         """uint8 ``[rows, bytes per row]``."""
-        count = self.leaves[0].shape[0] if self.form.layout.per_row else 1
-        parts = [
-            np.frombuffer(raw_bytes(leaf), dtype=np.uint8).reshape(count, -1)
-            for leaf in self.leaves
-        ]
-        return np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), dtype=np.uint8)
+        return joined([raw_bytes(leaf) for leaf in self.leaves], self.count)
+
+    @property
+    def count(self) -> int:
+        """The number of its rows."""
+        return self.leaves[0].shape[0] if self.form.layout.per_row else 1
 
 
-def encode(batch: Any, *, copy: bool = False) -> EncodedBatch:
-    """Take a batch apart.
+def encode(batch: Any) -> EncodedBatch:
+    """Take a batch apart; its tensors are not copied, if they are on the CPU.
 
     Args:
         batch: any nesting of tuples, lists and dictionaries of tensors, arrays and plain values.
-        copy: take copies of its tensors, so that the loop may reuse them before ``rows`` is asked.
 
     Raises:
         RecordError: on a leaf that is neither tensor, array, number, string, bool nor ``None``.
     """
     leaves: list[Tensor] = []
     form = form_of(batch, leaves)
-    held = [leaf.detach() if leaf.is_cpu else leaf.detach().cpu() for leaf in leaves]
-    return EncodedBatch(form, [leaf.clone() for leaf in held] if copy else held)
+    return EncodedBatch(
+        form, [leaf.detach() if leaf.is_cpu else leaf.detach().cpu() for leaf in leaves]
+    )
 
 
 def _placed(value: Tensor, placement: Placement) -> Tensor:
@@ -96,18 +94,104 @@ def _placed(value: Tensor, placement: Placement) -> Tensor:
     return flat.as_strided(tuple(value.shape), strides).copy_(value)
 
 
-def decode(layout: Layout, rows: Rows, placements: Sequence[Placement] = ()) -> Any:
-    """The batch again, from its layout and rows uint8 ``[rows, bytes per row]``."""
-    expected, count = row_bytes(layout.root), leaf_count(layout.root)
-    if placements and len(placements) != count:
-        raise IntegrityError(f"a batch of {count} tensors has {len(placements)} placements.")
-    if not layout.per_row and len(rows) != 1:
-        raise IntegrityError(f"a batch that is one row has {len(rows)}.")
-    if rows.shape[1] != expected:
+def decode(layout: Layout, rows: Rows | Columns, placements: Sequence[Placement] = ()) -> Any:
+    """The batch again, from its layout and rows, such as uint8 ``[rows, bytes per row]``."""
+    columns = Matrix(rows) if isinstance(rows, np.ndarray) else rows
+    expected, leaves = _leaves(layout)
+    if placements and len(placements) != len(leaves):
+        raise IntegrityError(f"a batch of {len(leaves)} tensors has {len(placements)} placements.")
+    if not layout.per_row and columns.count != 1:
+        raise IntegrityError(f"a batch that is one row has {columns.count}.")
+    if columns.width != expected:
         raise IntegrityError(
-            f"the rows of a batch have {rows.shape[1]} bytes; their layout says {expected}."
+            f"the rows of a batch have {columns.width} bytes; their layout says {expected}."
         )
-    return _Reader(layout, rows, placements).read(layout.root)
+    read, left = list[Any](), most_spread(columns.count * columns.width)
+    for at, leaf in enumerate(leaves):
+        value = leaf.value(columns, layout.per_row)
+        if placements:
+            left -= leaf.require_placed(value, placements[at], left)
+            value = _placed(value, placements[at])
+        read.append(leaf.delivered(value))
+    return _nested(layout.root, iter(read))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A tensor or array of a layout: the bytes ``[start, stop)`` of every row."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: str
+    array: bool
+
+    def value(self, columns: Columns, per_row: bool) -> Tensor:
+        """Its elements, contiguous, on the CPU."""
+        shape = (columns.count, *self.shape) if per_row else self.shape
+        if not columns.count or self.start == self.stop:
+            return torch.empty(shape, dtype=self.dtype)
+        flat = columns.column(self.start, self.stop)
+        if self.dtype is torch.bool and int(flat.max()) > 1:
+            raise IntegrityError("a batch holds a bool that is neither 0 nor 1.")
+        return flat.view(self.dtype).reshape(shape)
+
+    def require_placed(self, value: Tensor, placement: Placement, left: int) -> int:
+        """The bytes its placement spreads over, once that fits it and what is ``left`` for all."""
+        address, strides = placement
+        size = value.element_size()
+        if (
+            len(strides) != value.ndim
+            or min(strides, default=0) < 0
+            or not 0 <= address < ALIGNMENT
+            or address % size
+        ):
+            raise IntegrityError(
+                f"a batch's placement {placement} does not fit {tuple(value.shape)}."
+            )
+        spread = extent(value.shape, strides) * size
+        if spread > left:
+            raise IntegrityError(
+                f"a batch's strides {strides} would need far more memory than its rows have."
+            )
+        return spread
+
+    def delivered(self, value: Tensor) -> Any:
+        """As the loader yielded it: an array, or where it was."""
+        if self.array:
+            return value.numpy()
+        if self.device == "cpu":
+            return value
+        try:
+            return value.to(self.device)
+        except Exception as error:  # each backend fails in its own way
+            raise UnsupportedError(
+                f"a batch was recorded on {self.device!r}, which is not here: {error}."
+            ) from error
+
+
+@lru_cache(maxsize=1024)
+def _leaves(layout: Layout) -> tuple[int, tuple[_Leaf, ...]]:
+    """The bytes of a row, and what lies where in it, in the order in which it was written."""
+    found, at = list[_Leaf](), 0
+    for node in leaves_of(layout.root):
+        size = row_bytes(node)
+        array = isinstance(node, ArrayNode)
+        found.append(_Leaf(at, at + size, dtype_of(node), node.shape, node.device, array))
+        at += size
+    return at, tuple(found)
+
+
+def _nested(node: Node, leaves: Iterator[Any]) -> Any:
+    if isinstance(node, TensorNode):
+        return next(leaves)
+    if isinstance(node, ValueNode):
+        return node.value
+    items = [_nested(item, leaves) for item in node.items]
+    if isinstance(node, DictNode):
+        return dict(zip(node.keys, items, strict=True))
+    return items if isinstance(node, ListNode) else tuple(items)
 
 
 def row_count(batch: Any) -> int:
@@ -130,67 +214,3 @@ def take_rows(batch: Any, index: Tensor) -> Any:
         taken = [take_rows(item, index) for item in cast("Sequence[Any]", batch)]
         return taken if isinstance(batch, list) else tuple(taken)
     return batch
-
-
-class _Reader:
-    """Consumes the columns of a row matrix in the order in which the leaves were written."""
-
-    def __init__(self, layout: Layout, rows: Rows, placements: Sequence[Placement]) -> None:
-        self.per_row = layout.per_row
-        self.placements = list(placements)
-        self.placed = bool(placements)
-        self.rows = rows
-        self.at = 0
-        self.left = most_spread(rows.nbytes)
-
-    def read(self, node: Node) -> Any:
-        if isinstance(node, (TensorNode, ArrayNode)):
-            return self._leaf(node)
-        if isinstance(node, ValueNode):
-            return node.value
-        items = [self.read(item) for item in node.items]
-        if isinstance(node, DictNode):
-            return dict(zip(node.keys, items, strict=True))
-        return items if isinstance(node, ListNode) else tuple(items)
-
-    def _leaf(self, node: Leaf) -> Any:
-        size = row_bytes(node)
-        column = np.ascontiguousarray(self.rows[:, self.at : self.at + size])
-        self.at += size
-        shape = (len(self.rows), *node.shape) if self.per_row else node.shape
-        flat, dtype = torch.from_numpy(column.reshape(-1)), dtype_of(node)
-        if dtype is torch.bool and flat.numel() and int(flat.max()) > 1:
-            raise IntegrityError("a batch holds a bool that is neither 0 nor 1.")
-        value = flat.view(dtype).reshape(shape) if flat.numel() else torch.empty(shape, dtype=dtype)
-        # A copy in either case: memory that torch allocates is aligned, NumPy's is not.
-        value = _placed(value, self._placement(value)) if self.placed else value.clone()
-        if isinstance(node, ArrayNode):
-            return value.numpy()
-        if node.device == "cpu":
-            return value
-        try:
-            return value.to(node.device)
-        except Exception as error:  # each backend fails in its own way
-            raise UnsupportedError(
-                f"a batch was recorded on {node.device!r}, which is not here: {error}."
-            ) from error
-
-    def _placement(self, value: Tensor) -> Placement:
-        """The next placement, once it fits the tensor and what memory is left for them all."""
-        address, strides = placement = self.placements.pop(0)
-        size = value.element_size()
-        if (
-            len(strides) != value.ndim
-            or min(strides, default=0) < 0
-            or not 0 <= address < ALIGNMENT
-            or address % size
-        ):
-            raise IntegrityError(
-                f"a batch's placement {placement} does not fit {tuple(value.shape)}."
-            )
-        self.left -= extent(value.shape, strides) * size
-        if self.left < 0:
-            raise IntegrityError(
-                f"a batch's strides {strides} would need far more memory than its rows have."
-            )
-        return placement

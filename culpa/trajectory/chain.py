@@ -10,8 +10,7 @@ import msgspec
 from blake3 import blake3
 
 from culpa.trajectory import digest
-from culpa.trajectory.forms import Placement
-from culpa.trajectory.schema import Count, Manifest, Stage
+from culpa.trajectory.schema import Count, Manifest, Placement, Stage
 
 StoredMicroBatch = tuple[int, bytes, int | None, tuple[Placement, ...]]
 """A micro-batch in the log: layout, row ids as little-endian uint32, generators, placements."""

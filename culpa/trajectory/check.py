@@ -13,9 +13,11 @@ from culpa import tree
 from culpa.errors import IntegrityError, NotReproducibleError, RecordError
 from culpa.problem import Problem
 from culpa.trajectory import rng
+from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.chain import StepDetail
-from culpa.trajectory.engine import Engine, borrowed
+from culpa.trajectory.engine import Engine
 from culpa.trajectory.observer import Observer
+from culpa.trajectory.ranks.execute import verdict
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import MicroBatch, StepRecord
 from culpa.trajectory.state import State, largest_difference
@@ -80,8 +82,10 @@ def identify(
     failures: list[tuple[str, float, Tree]] = []
     for drawn, facts in readings:
         grads, state, ended = _execute_again(observer, before, drawn, facts, hypers, index)
-        name, size = largest_difference(
-            state.flat(), after.flat() if after.slots else _without_slots(state, after)
+        name, size = verdict(
+            *largest_difference(
+                state.flat(), after.flat() if after.slots else _without_slots(state, after)
+            )
         )
         if not name:
             return drawn, facts, ended

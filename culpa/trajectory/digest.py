@@ -21,6 +21,27 @@ DIGEST_BYTES = 32
 FINGERPRINT_BYTES = 4
 
 
+def header(name: str, dtype: str, shape: Sequence[int]) -> bytes:
+    """What stands before a tensor's bytes in its digest."""
+    return msgspec.msgpack.encode(["culpa tensor", name, dtype, list(shape)])
+
+
+@lru_cache(maxsize=4096)
+def begun(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+    """A hash that has seen the header, to be copied: the same tensors come at every update."""
+    return blake3(header(name, dtype, shape))
+
+
+def combine(digests: Iterable[bytes]) -> bytes:
+    """One digest of several, in the order given."""
+    return blake3(b"".join(digests)).digest()
+
+
+def chain(previous: bytes, content: bytes) -> bytes:
+    """The next link of a hash chain: ``BLAKE3(previous || BLAKE3(content))``."""
+    return combine([previous, blake3(content).digest()])
+
+
 def raw_bytes(value: Tensor) -> memoryview:
     """The elements of a CPU tensor in C order, without a copy where it is contiguous already."""
     flat = value.detach().contiguous().reshape(-1)
@@ -35,30 +56,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 def tensor_digest(name: str, value: Tensor) -> bytes:
     """32-byte digest of one named tensor."""
     value = value.detach().cpu()
-    return _begun(name, value.dtype, tuple(value.shape)).copy().update(raw_bytes(value)).digest()
-
-
-@lru_cache(maxsize=4096)
-def _begun(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
-    """A hash that has seen the header: the same tensors are hashed at every update."""
-    return blake3(header(name, dtype_name(dtype), shape))
-
-
-def header(name: str, dtype: str, shape: Sequence[int]) -> bytes:
-    """What stands before a tensor's bytes in its digest."""
-    return msgspec.msgpack.encode(["culpa tensor", name, dtype, list(shape)])
+    start = begun(name, dtype_name(value.dtype), tuple(value.shape))
+    return start.copy().update(raw_bytes(value)).digest()
 
 
 def tensor_digests(tree: Mapping[str, Tensor]) -> list[bytes]:
     """The digests of a tree's tensors, in the order of their names."""
     return [tensor_digest(name, tree[name]) for name in sorted(tree)]
-
-
-def combine(digests: Iterable[bytes]) -> bytes:
-    """One digest of several, in the order given."""
-    return blake3(b"".join(digests)).digest()
-
-
-def chain(previous: bytes, content: bytes) -> bytes:
-    """The next link of a hash chain: ``BLAKE3(previous || BLAKE3(content))``."""
-    return combine([previous, blake3(content).digest()])

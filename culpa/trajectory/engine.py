@@ -6,21 +6,23 @@ state gives the recorded bits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from culpa import tree
 from culpa.problem import Problem
 from culpa.trajectory import rng
 from culpa.trajectory.blame import blamed, blamed_on_loss
+from culpa.trajectory.borrowing import set_modes, write
 from culpa.trajectory.fidelity import Fidelity
+from culpa.trajectory.live import Live
 from culpa.trajectory.optimizers import as_kept, gather_slots
+from culpa.trajectory.ranks.execute import Part, accumulate
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import OptimizerSpec, StepRecord
 from culpa.trajectory.state import State
@@ -28,54 +30,13 @@ from culpa.trajectory.together import Stepper, members_of, rebuilt
 from culpa.tree import Slots, Tree
 
 
-@contextmanager
-def borrowed(model: nn.Module, fixed: Collection[str] = ()) -> Generator[None]:
-    """Lend the module to the engine; afterwards it is as it was: tensors, gradients, modes, RNG.
-
-    Parameters named ``fixed`` are never written to, so that no copy of them is made.
-    """
-    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    values = tree.clone({name: p for name, p in params.items() if name not in fixed})
-    statistics = tree.clone(buffers)
-    gradients = {name: p.grad for name, p in params.items()}
-    trained = {name: p.requires_grad for name, p in params.items()}
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with rng.preserved(), torch.enable_grad():
-            for p in params.values():
-                p.grad = None
-            yield
-    finally:
-        _write(params, values)
-        _write(buffers, statistics)
-        for name, p in params.items():
-            p.grad = gradients[name]
-            p.requires_grad_(trained[name])
-        for module, training in modes.items():
-            module.training = training
-
-
-def set_modes(model: nn.Module, evaluating: Sequence[str]) -> None:
-    """Training mode everywhere but in the submodules named."""
-    if {name for name, module in model.named_modules() if not module.training} == {*evaluating}:
-        return  # train() takes ten times as long, as much as a tenth of a small model's gradient
-    model.train()
-    for name in evaluating:
-        model.get_submodule(name).training = False
-
-
-def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            into[name].copy_(value)
-
-
 @dataclass(frozen=True)
 class Executed:
     """What one executed update gave besides the new state.
 
     ``grads`` are as ``backward`` left them, before clipping; ``randoms`` the generators before
-    each micro-batch's forward, empty if the update draws nothing.
+    each micro-batch's forward, empty if the update draws nothing. Both are empty where they were
+    not asked for.
     """
 
     loss: float
@@ -100,11 +61,12 @@ class Engine:
         self._slots: Slots = {}
         self._optimizer: Stepper | None = None
         self._built: OptimizerSpec | None = None
+        self._looked_at: tuple[Any, Live] | None = None
 
     def write(self, params: Tree, buffers: Tree) -> None:
         """Set tensors of the module."""
-        _write(self.params, params)
-        _write(self.buffers, buffers)
+        write(self.params, params)
+        write(self.buffers, buffers)
 
     def load(self, state: State) -> None:
         """Put the module and the (future) optimizer into ``state``."""
@@ -116,53 +78,62 @@ class Engine:
 
     def state(self) -> State:
         """A copy of the state as it stands."""
-        held = {name: self.params[name] for name in self._held}
-        return State(held, dict(self.buffers), self._live_slots()).clone()
+        return self.live().clone()
+
+    def live(self) -> State:
+        """The state itself, which the next update changes: for whoever only looks at it."""
+        held = {name: self.params[name].detach() for name in self._held}
+        return State(held, dict(self.buffers), self._live_slots())
+
+    def looked_at(self, without: frozenset[str] = frozenset()) -> Live:
+        """Parameters and buffers of the state, but for those ``without``, to be hashed."""
+        key = (self._held, without)
+        if self._looked_at is None or self._looked_at[0] != key:
+            named = {
+                f"params/{name}": self.params[name] for name in self._held if name not in without
+            }
+            named |= {f"buffers/{name}": value for name, value in self.buffers.items()}
+            self._looked_at = key, Live(named)
+        return self._looked_at[1]
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's state, as a new job does."""
         self._optimizer, self._slots = None, {}
 
     def execute(
-        self, record: StepRecord, batches: Sequence[Any], randoms: Sequence[RandomState | None]
+        self,
+        record: StepRecord,
+        batches: Sequence[Any],
+        randoms: Sequence[RandomState | None],
+        *,
+        keep: bool = True,
     ) -> Executed:
-        """One update, each micro-batch from its ``randoms`` or, if ``None``, as they stand."""
+        """One update, each micro-batch from its ``randoms`` or, if ``None``, as they stand.
+
+        ``keep``: whether its gradients and generators are asked for; copies of them are made.
+        """
         problem = self.problem.of(record.stage)
         with blamed(record.index, "evaluating"):
             set_modes(self.problem.model, record.evaluating)
         self._require_gradients(record)
         for p in self.params.values():
             p.grad = None
-        total, used = 0.0, list[RandomState]()
         scaler = self._scaler(record)
-        for at, (batch, random) in enumerate(zip(batches, randoms, strict=True)):
-            if random is not None:
-                rng.restore(random)
-            if at < record.discarded:
-                with torch.no_grad(), blamed_on_loss(record.index):
-                    problem.loss(problem.model, batch)
-                continue
-            if record.drew_randomness:
-                used.append(rng.capture())
-            with blamed_on_loss(record.index):
-                loss = _weighted(problem.evaluate(batch), record, at - record.discarded)
-                scaler.scale(loss).backward()
-            total += float(loss.detach())
-        if scaler.is_enabled():
+
+        def backward(part: Part) -> tuple[float, list[RandomState]]:
+            return _backward(problem, record, part, scaler, keep)
+
+        total, used = accumulate(record, batches, randoms, self.params, self.buffers, backward)
+        if scaler is not None:
             for member in members_of(self._prepared_optimizer(record)):
                 scaler.unscale_(member)
-        grads = self._gradients(record)
-        if scaler.is_enabled() and not tree.is_finite(grads):
-            return Executed(total, grads, tuple(used))  # a scaler skips it; counterfactuals only
-        # In the model's order, as loops do it: the norm's last bit depends on it.
-        names = {*record.held}
-        held = [p for name, p in self.params.items() if name in names]
-        if record.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(held, record.clip_grad_norm)
-        if record.clip_grad_value is not None:
-            torch.nn.utils.clip_grad_value_(held, record.clip_grad_value)
+        live = self._gradients(record)
+        done = Executed(total, tree.clone(live) if keep else {}, tuple(used))
+        if scaler is not None and not tree.is_finite(live):
+            return done  # a scaler skips it; counterfactuals only
+        self._clip(record)
         self._step(record)
-        return Executed(total, grads, tuple(used))
+        return done
 
     def tick(self, record: StepRecord) -> None:
         """One update with a gradient of zero: momentum coasts, weight decay acts."""
@@ -184,7 +155,7 @@ class Engine:
                 if random is not None:
                     rng.restore(random)
                 problem.loss(problem.model, batch)
-        _write(self.buffers, kept)
+        write(self.buffers, kept)
 
     def _require_gradients(self, record: StepRecord) -> None:
         """Of what the optimizer holds, whatever the model was frozen to since, and of no others."""
@@ -194,14 +165,26 @@ class Engine:
             for name, p in self.params.items():
                 p.requires_grad_(name in held and (p.is_floating_point() or p.is_complex()))
 
-    def _scaler(self, record: StepRecord) -> GradScaler:
-        """A ``GradScaler`` that multiplies by the recorded scale, or by nothing."""
+    def _scaler(self, record: StepRecord) -> GradScaler | None:
+        """A ``GradScaler`` that multiplies by the recorded scale, if the loop had one."""
+        if record.loss_scale is None:
+            return None
         device = self.params[record.held[0]].device.type
-        scale = record.loss_scale
-        return GradScaler(device, init_scale=scale or 1.0, enabled=scale is not None)
+        return GradScaler(device, init_scale=record.loss_scale)
+
+    def _clip(self, record: StepRecord) -> None:
+        if record.clip_grad_norm is None and record.clip_grad_value is None:
+            return
+        # In the model's order, as loops do it: the norm's last bit depends on it.
+        names = {*record.held}
+        held = [p for name, p in self.params.items() if name in names]
+        if record.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(held, record.clip_grad_norm)
+        if record.clip_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(held, record.clip_grad_value)
 
     def _gradients(self, record: StepRecord) -> Tree:
-        """Gradients of the held parameters; also those the loop left at zero, not ``None``."""
+        """Those of the held parameters, live; also those the loop left at zero, not ``None``."""
         grads: Tree = {}
         for name in record.held:
             p = self.params[name]
@@ -210,7 +193,7 @@ class Engine:
                 continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            grads[name] = p.grad.detach().clone()
+            grads[name] = p.grad.detach()
         return grads
 
     def _live_slots(self) -> Slots:
@@ -224,7 +207,8 @@ class Engine:
             optimizer.step()
 
     def _prepared_optimizer(self, record: StepRecord) -> Stepper:
-        if self._optimizer is None or record.optimizer != self._built:
+        built = record.optimizer is self._built or record.optimizer == self._built
+        if self._optimizer is None or not built:
             slots = self._live_slots()
             with blamed(record.index, "optimizer or hypers"):
                 self._optimizer = rebuilt(
@@ -241,8 +225,29 @@ class Engine:
         return self._optimizer
 
 
-def _weighted(loss: Tensor, record: StepRecord, at: int) -> Tensor:
+def _backward(
+    problem: Problem, record: StepRecord, part: Part, scaler: GradScaler | None, keep: bool
+) -> tuple[float, list[RandomState]]:
+    """Accumulate gradients; the loss, and the generators before each forward that draws."""
+    total, used, count = 0.0, list[RandomState](), len(part.batches) - record.discarded
+    for at, (batch, random) in enumerate(zip(part.batches, part.randoms, strict=True)):
+        if random is not None:
+            rng.restore(random)
+        if at < record.discarded:
+            with torch.no_grad(), blamed_on_loss(record.index):
+                problem.loss(problem.model, batch)
+            continue
+        if keep and record.drew_randomness:
+            used.append(rng.capture())
+        with blamed_on_loss(record.index):
+            loss = _weighted(problem.evaluate(batch), part.weights, at - record.discarded, count)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        total += float(loss.detach())
+    return total, used
+
+
+def _weighted(loss: Tensor, weights: Sequence[float] | None, at: int, count: int) -> Tensor:
     """The micro-batch's share, computed as loops do: divided by n, or multiplied by its weight."""
-    if record.weights is not None:
-        return loss * record.weights[at]
-    return loss / len(record.contributing) if len(record.contributing) > 1 else loss
+    if weights is not None:
+        return loss * weights[at]
+    return loss / count if count > 1 else loss

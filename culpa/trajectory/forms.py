@@ -31,10 +31,10 @@ from culpa.trajectory.layout import (
     ValueNode,
     without_first_dimension,
 )
+from culpa.trajectory.schema import Placement
 
-Placement = tuple[int, tuple[int, ...]]
-"""Where a tensor lay: its address modulo ``ALIGNMENT``, and its strides in elements."""
 ALIGNMENT = 64
+"""Addresses count modulo this many bytes."""
 
 
 @dataclass(frozen=True)

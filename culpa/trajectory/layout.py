@@ -155,12 +155,6 @@ def row_bytes(root: Node) -> int:
     return sum(dtype_of(leaf).itemsize * math.prod(leaf.shape) for leaf in leaves_of(root))
 
 
-@lru_cache(maxsize=4096)
-def leaf_count(root: Node) -> int:
-    """How many tensors and arrays a batch of this layout has."""
-    return len(leaves_of(root))
-
-
 def without_first_dimension(node: Node) -> Node:
     """The layout of one row of a batch whose tensors have this layout."""
     if isinstance(node, (TensorNode, ArrayNode)):

@@ -14,6 +14,7 @@ import random
 import struct
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,11 @@ class Window:
 
     def read(self) -> bytes:
         """What is there now."""
-        return ctypes.string_at(self.address, self.size)
+        return self._there.raw
+
+    @cached_property
+    def _there(self) -> Any:
+        return (ctypes.c_char * self.size).from_address(self.address)
 
 
 def of_python(generator: random.Random) -> Window | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from operator import is_
 from types import NoneType
 from typing import Any
 
@@ -56,9 +57,15 @@ class Observer:
         classes = [qualified_name(type(member)) for member in self.members]
         counts = [len(member.param_groups) for member in self.members]
         together = tuple(zip(classes, counts, strict=True)) if len(classes) > 1 else ()
-        self.spec = OptimizerSpec(" + ".join(classes), groups, together)
+        self.specify(OptimizerSpec(" + ".join(classes), groups, together))
         self.held = {name: self.params[name] for group in groups for name in group}
+        self._moving = {**self.held, **self.buffers}
         self._walked: list[tuple[str, nn.Module, dict[str, Any]]] | None = None
+        self._hypers: tuple[list[Any], tuple[dict[str, Any], ...], bytes] | None = None
+
+    def specify(self, spec: OptimizerSpec) -> None:
+        """Say what makes the updates from here on."""
+        self.spec, self.spec_json = spec, msgspec.json.encode(spec)
 
     def hypers(self) -> tuple[dict[str, Any], ...]:
         """The hyperparameters of every group as plain numbers, with what the optimizer resolved."""
@@ -71,8 +78,27 @@ class Observer:
             )
         return tuple(
             {name: _plain(name, value) for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
+            for group in groups
         )
+
+    def hypers_and_json(self) -> tuple[tuple[dict[str, Any], ...], bytes]:
+        """``hypers``, and their canonical JSON; worked out anew only where a value is another.
+
+        The same object is the same value, as long as it is of a type that cannot change.
+        """
+        groups = self.optimizer.param_groups
+        facts: list[Any] = []
+        for group in groups:
+            facts.append(len(group["params"]))
+            facts += group
+            facts += group.values()
+        known = self._hypers
+        if known is None or len(known[0]) != len(facts) or not all(map(is_, known[0], facts)):
+            hypers = self.hypers()
+            known = facts, hypers, encode_hypers(hypers)
+            fixed = all(_is_fixed(v) for g in groups for n, v in g.items() if n != "params")
+            self._hypers = known if fixed else None
+        return known[1], known[2]
 
     def slots(self) -> Slots:
         """The live optimizer state."""
@@ -139,8 +165,7 @@ class Observer:
 
         Neither tells of changes in place through ``.data`` or a NumPy view (guard.py).
         """
-        everything = {**self.held, **self.buffers}
-        return {name: (v._version, v.data_ptr()) for name, v in everything.items()}
+        return {name: (v._version, v.data_ptr()) for name, v in self._moving.items()}
 
     def edited_since(self, versions: Mapping[str, tuple[int, int]], *, forward: bool) -> list[str]:
         """The names of what has another version; ``forward``: a forward pass may move buffers."""
@@ -155,15 +180,20 @@ class Observer:
 
     def evaluating(self) -> tuple[str, ...]:
         """The names of the submodules in evaluation mode."""
-        return tuple([name for name, module in self._modules() if not module.training])
+        found: list[str] = []
+        for name, module, children in self._modules():
+            if not module.training:
+                found.append(name)
+            if module.__dict__["_modules"] != children:
+                self._walked = None
+        return tuple(found) if self._walked is not None else self.evaluating()
 
-    def _modules(self) -> list[tuple[str, nn.Module]]:
-        """``named_modules()``, walked again only where a module has other children than before."""
-        known = self._walked
-        if known is None or any(m.__dict__["_modules"] != c for _, m, c in known):
+    def _modules(self) -> list[tuple[str, nn.Module, dict[str, Any]]]:
+        """``named_modules()`` and their children; walked again where ``_walked`` was forgotten."""
+        if self._walked is None:
             walked = self.problem.model.named_modules()
-            known = self._walked = [(n, m, dict(m.__dict__["_modules"])) for n, m in walked]
-        return [(name, module) for name, module, _ in known]
+            self._walked = [(n, m, dict(m.__dict__["_modules"])) for n, m in walked]
+        return self._walked
 
     def without_gradient(self) -> tuple[str, ...]:
         """The names of held parameters without a gradient."""
@@ -172,6 +202,13 @@ class Observer:
     def gradients(self) -> Tree:
         """Copies of the live gradients."""
         return tree.clone({name: p.grad for name, p in self.held.items() if p.grad is not None})
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value can never become another."""
+    if type(value) is tuple:
+        return all(map(_is_fixed, value))
+    return type(value) in (bool, int, float, str, NoneType)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -72,14 +72,22 @@ class LogReader:
                 " there, or is missing or declared differently."
             )
 
-    def rows(self, table: str, columns: Sequence[str] = ()) -> Iterator[Any]:
-        """All rows of a table as tuples, in the order of its integer key, which comes first."""
+    def rows(
+        self, table: str, columns: Sequence[str] = (), start: int | None = None
+    ) -> Iterator[Any]:
+        """All rows of a table as tuples, in the order of its integer key, which comes first.
+
+        ``start``: only those whose key is no less.
+        """
         types = COLUMNS[table]
         chosen = list(columns or types)
         keyed = types[chosen[0]] is int
         query = f"SELECT {', '.join(chosen)} FROM {table}"
+        if start is not None:
+            query += f" WHERE {chosen[0]} >= ?"
         last, wanted = None, tuple(types[column] for column in chosen)
-        for row in self._run(table, f"{query} ORDER BY {chosen[0]}" if keyed else query, ()):
+        values = () if start is None else (start,)
+        for row in self._run(table, f"{query} ORDER BY {chosen[0]}" if keyed else query, values):
             if tuple(map(type, row)) != wanted:
                 self._check_types(table, chosen, row)
             if keyed and last is not None and row[0] <= last:

@@ -14,16 +14,25 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from culpa.trajectory.batches import Rows
-
+Rows = npt.NDArray[np.uint8]
+"""``[rows, bytes per row]``."""
 WIDEST = 2**13
 """Bytes; longer rows are hashed as fast as they are compared."""
 Words = npt.NDArray[np.uint64]
+
+
+def joined(columns: Sequence[Any], count: int) -> Rows:
+    """The rows of a batch, given the bytes of each of its tensors, ``count`` rows each."""
+    parts = [np.frombuffer(column, dtype=np.uint8).reshape(count, -1) for column in columns]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), dtype=np.uint8)
 
 
 class Recognition:

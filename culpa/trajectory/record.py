@@ -21,14 +21,17 @@ from culpa.trajectory import resume as resuming
 from culpa.trajectory.checkpoints import CheckpointPolicy, Thinned
 from culpa.trajectory.durability import Durability
 from culpa.trajectory.fits import describe_tensors
+from culpa.trajectory.frozen import digest_of_all
 from culpa.trajectory.frozen import encode as encode_frozen
 from culpa.trajectory.observer import Observer
+from culpa.trajectory.ranks.exchange import Exchange
+from culpa.trajectory.ranks.recording import Partners, partners
 from culpa.trajectory.recorder import Recorder
 from culpa.trajectory.resume import Resumption
 from culpa.trajectory.schema import LOG, MANIFEST, PACK, STATES, Manifest
 from culpa.trajectory.seal import as_recording
 from culpa.trajectory.settings import Settings
-from culpa.trajectory.state import State
+from culpa.trajectory.state import State, raws
 from culpa.trajectory.store import Store
 from culpa.trajectory.together import all_of, as_one
 from culpa.trajectory.writer import Writer
@@ -123,8 +126,12 @@ def record(
     policy, durability = checkpoints or Thinned(), durability or Durability()
     scaler = scaler if scaler is not None and scaler.is_enabled() else None
     beside = all_of([*(scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]), scaler])
-    settings = Settings(policy, durability, clip_grad_norm, clip_grad_value, beside, scaler, strict)
-    observer = Observer(problem, as_one(optimizer))
+    stepper = as_one(optimizer)
+    others = partners(problem, stepper, scaler, resume=resume, append=append)
+    settings = Settings(
+        policy, durability, clip_grad_norm, clip_grad_value, beside, scaler, strict, others
+    )
+    observer = Observer(problem, stepper)
     begun = ahead = None
     if append and (folder / MANIFEST).is_file():
         begun = jobs.begin(folder, observer, examples, resume=resume, overwrite=overwrite)
@@ -135,7 +142,7 @@ def record(
         base, initial, open_store = begun.base, begun.initial, partial(begun.open_store, folder)
     elif ahead is None:
         initial = observer.state(observer.held, slots=True)
-        _require_room(folder, replace=overwrite or resume)
+        _require_room(folder, overwrite or resume, others)
         open_store = partial(_create, folder, observer, initial, examples, frozen)
     else:
         base = jobs.base_of(ahead.run)
@@ -164,7 +171,8 @@ def _recorder(
     base: jobs.Base,
 ) -> Recorder:
     size = sum(v.nbytes for v in initial.params.values())
-    writer = Writer(
+    made = partial(
+        Writer,
         folder,
         open_store,
         settings.policy,
@@ -172,6 +180,12 @@ def _recorder(
         strict=settings.strict,
         size=size,
     )
+    others = settings.partners
+    if others is None:
+        writer = made()
+    else:
+        own = made() if others.group.first else None
+        writer = Exchange(others.group, folder, settings.policy, own)
     return Recorder(writer, observer, settings, initial, ahead, base)
 
 
@@ -191,7 +205,9 @@ def _create(folder: Path, observer: Observer, initial: State, examples: str, kep
     )
     _clear(folder)
     content = encode_frozen(frozen, by_reference=manifest.frozen_by_reference)
-    return Store.create(folder, manifest, initial, content)
+    return Store.create(
+        folder, manifest, raws(initial.flat()), content, digest_of_all(content, manifest)
+    )
 
 
 def _resumption(
@@ -216,7 +232,10 @@ def _reopen(folder: Path, ahead: Resumption) -> Store:
     return Store.reopen(folder, as_recording(ahead.run.manifest))
 
 
-def _require_room(folder: Path, *, replace: bool) -> None:
+def _require_room(folder: Path, replace: bool, others: Partners | None) -> None:
+    if others is not None:
+        others.group.on_first(lambda: _require_room(folder, replace, None))
+        return
     if not folder.exists():
         return
     if not folder.is_dir():

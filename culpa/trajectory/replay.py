@@ -15,11 +15,12 @@ from culpa.behaviour import Behaviour
 from culpa.errors import OptionError, StageError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
+from culpa.trajectory.ahead import ahead
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.files import write_durably
 from culpa.trajectory.run import Run
-from culpa.trajectory.walk import Randomness, check_step, forward, session
+from culpa.trajectory.walk import Randomness, check_step, checked, session
 from culpa.tree import Tree
 
 COUNTERFACTUALS = ("skip", "restart", "zero-gradient")
@@ -181,7 +182,7 @@ def replay(
         with session(run, problem, allow_drift) as engine:
             updates = range(at, run.num_steps)
             if at in removed:  # no observed update is on the way to show that the loss is the one
-                next(forward(run, engine, at, at + 1))
+                next(checked(run, engine, run.state(at), range(at, at + 1), Randomness()))
             engine.load(run.state(at))
             execute(run, engine, updates, removed, counterfactual, Randomness(), progress)
             state, executed = engine.state(), len(updates) - len(removed)
@@ -205,11 +206,11 @@ def replay(
 def measure_drift(run: Run, engine: Engine, start: int, progress: Progress) -> int:
     """Compare the observed history from ``start`` on with the states that the record keeps.
 
-    For numbers made off the record in a session that allows drift. Returns how many updates it
-    executed; ``engine.fidelity`` has the outcome.
+    For numbers made off the record in a session that allows drift; ``start`` is a kept state's.
+    Returns how many updates it executed; ``engine.fidelity`` has the outcome.
     """
     progress.start("measure drift", run.num_steps - start)
-    for _ in forward(run, engine, start, run.num_steps):
+    for _ in checked(run, engine, run.state(start), range(start, run.num_steps), Randomness()):
         progress.advance()
     return run.num_steps - start
 
@@ -230,15 +231,15 @@ def execute(
     the record until the first removal, and no further.
     """
     observed = min(removed, default=run.num_steps) >= updates.start
-    for k in updates:
-        record, recorded = run.step(k), run.randoms_of(k)
+    for record, batches, recorded in ahead(run, updates, removed):
+        k = record.index
         if record.reset:
             engine.reset_optimizer()
         randoms = randomness.before(recorded, record)
         if k not in removed:
             if counterfactual == "restart" and k - 1 in removed:
                 engine.reset_optimizer()
-            engine.execute(record, run.batches_of(k), randoms)
+            engine.execute(record, batches, randoms, keep=False)
         else:
             observed = False
             if counterfactual == "zero-gradient":
@@ -251,5 +252,5 @@ def execute(
                 engine.advance_randomness(record, run.batches_of(k), randoms)
         randomness.after(randoms, record)
         if observed:
-            check_step(run, engine, record, engine.state(), randomness)
+            check_step(run, engine, record, randomness)
         progress.advance()

@@ -59,6 +59,7 @@ class _Global:
         self._python_at = memory.of_python(self._python)
         self._numpy_at = memory.of_numpy(self._numpy)
         self._asked_python, self._asked_numpy = _Asked(_ask_python), _Asked(_ask_numpy)
+        self._torch = torch.empty(0, dtype=torch.uint8), b""
 
     def python(self) -> bytes:
         at = self._python_at
@@ -69,6 +70,12 @@ class _Global:
         if at is not None and at[0].owner is not self._numpy._bit_generator:
             at = None  # np.random.set_bit_generator has replaced what was looked at
         return self._asked_numpy.state(at and (at[0].read(), at[1].read()))
+
+    def torch(self) -> bytes:
+        state = torch.default_generator.get_state()
+        if not torch.equal(state, self._torch[0]):
+            self._torch = state, state.numpy().tobytes()
+        return self._torch[1]
 
 
 @cache
@@ -97,7 +104,7 @@ def capture() -> RandomState:
     return RandomState(
         python=known.python(),
         numpy=known.numpy(),
-        torch_cpu=torch.get_rng_state().numpy().tobytes(),
+        torch_cpu=known.torch(),
         torch_cuda=tuple(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())
         if cuda
         else (),

@@ -12,8 +12,8 @@ import numpy as np
 from blake3 import blake3
 
 from culpa.trajectory import files, log
-from culpa.trajectory.batches import EncodedBatch, Rows
-from culpa.trajectory.recognition import WIDEST, Mapped, Recognition
+from culpa.trajectory.items import Batch
+from culpa.trajectory.recognition import WIDEST, Mapped, Recognition, Rows
 
 PIECE = 2**22
 """Bytes of new rows that are gathered before they are written."""
@@ -62,7 +62,7 @@ class RowIndex:
             self._offsets.append(offset)
         self._size = self._written = self._pack.tell()
 
-    def look_up(self, batches: Sequence[EncodedBatch]) -> list[LookedUp]:
+    def look_up(self, batches: Sequence[Batch]) -> list[LookedUp]:
         """Which rows of several batches are known, as far as that is told quickly."""
         found = [LookedUp(batch.rows, [-1] * len(batch.rows)) for batch in batches]
         if not self._stored:
@@ -70,7 +70,7 @@ class RowIndex:
         alike: dict[bytes, list[LookedUp]] = {}
         for batch, looked_up in zip(batches, found, strict=True):
             if 0 < looked_up.rows.shape[1] <= WIDEST:
-                alike.setdefault(batch.form.json, []).append(looked_up)
+                alike.setdefault(batch.layout, []).append(looked_up)
         for layout, group in alike.items():
             recognition = self._recognition(layout, group[0].rows.shape[1])
             rows = np.concatenate([one.rows for one in group]) if len(group) > 1 else group[0].rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from bisect import bisect_right
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from culpa.trajectory.schema import (
 )
 from culpa.trajectory.source import Source, open_source, physical_memory
 from culpa.trajectory.state import State
+from culpa.trajectory.steps import Steps
 from culpa.trajectory.tables import Tables
 from culpa.tree import Tree
 
@@ -63,7 +64,7 @@ class Run:
             else examples.Missing(source.where)
         )
         self.frozen = Frozen(source, manifest, lambda: self._read_state(FROZEN_NAME, None).params)
-        self.step = lru_cache(maxsize=4096)(tables.step)
+        self.step = Steps(tables)
 
     def __repr__(self) -> str:
         stages = ", ".join(f"{s.name} [{s.start}, {s.stop})" for s in self.stages)
@@ -217,7 +218,7 @@ class Run:
 
     def _batch(self, k: int, micro: MicroBatch) -> Any:
         layout = self.tables.layouts[micro.layout]
-        rows = self.rows.rows(micro.rows, batches.row_bytes(layout.root))
+        rows = examples.columns(self.rows, micro.rows, batches.row_bytes(layout.root))
         try:
             return batches.decode(layout, rows, micro.placements)
         except (RuntimeError, TypeError, ValueError, OverflowError) as error:

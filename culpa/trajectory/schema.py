@@ -24,6 +24,8 @@ Hyper = bool | int | float | str | tuple[bool | int | float | str | None, ...] |
 Described = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_]+ \[[0-9, ]*\]$")]
 """dtype and shape of a tensor, as ``"float32 [128, 64]"``."""
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Placement = tuple[int, tuple[int, ...]]
+"""Where a tensor of a batch lay: its address modulo 64 (forms.py), and its strides in elements."""
 
 
 def state_name(index: int) -> str:
@@ -72,7 +74,7 @@ class Reduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks: Annotated[int, msgspec.Meta(ge=2)]
     backend: str
     """Of torch.distributed, which sums."""
-    buckets: tuple[tuple[str, ...], ...]
+    buckets: Annotated[tuple[tuple[str, ...], ...], msgspec.Meta(min_length=1)]
     """The parameters that were summed together, in the order in which they lay there."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from culpa.trajectory.checkpoints import CheckpointPolicy
 from culpa.trajectory.durability import Durability
+from culpa.trajectory.ranks.recording import Partners
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,5 @@ class Settings:
     """What has a state beside the optimizers: the schedulers, and the scaler."""
     scaler: Any = None
     strict: bool = False
+    partners: Partners | None = None
+    """The other ranks, if several processes train."""

@@ -1,20 +1,22 @@
 """Copies of parameters and buffers, as recording takes one at every update.
 
-Tensors of one dtype and device are copied end to end into one piece of memory: one kernel instead
-of one a tensor, one transfer from a GPU, and bytes that lie as the digests want them. On a GPU the
-piece goes into pinned memory without waiting; whoever reads it waits for the transfer.
+Tensors of one dtype and device lie end to end in one piece of memory: one kernel instead of one a
+tensor, and one transfer from a GPU. On a GPU the piece goes into pinned memory without waiting;
+whoever reads it waits for the transfer. On a CPU it goes into the arena, if there is room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
-from culpa.trajectory.digest import dtype_name, header
+from culpa.trajectory.arena import ALIGNMENT, Arena
+from culpa.trajectory.digest import dtype_name
+from culpa.trajectory.raw import Raw, digests
 from culpa.trajectory.state import State
 from culpa.tree import Slots
 
@@ -44,23 +46,25 @@ class Plan:
             ends[kind] = start + value.numel()
             self.members.setdefault(kind, []).append(name)
             self.places[name] = Place(kind, start, ends[kind], value.shape)
-        self._hashed = [  # in the order of names: what each digest begins with, and which bytes
+        self.starts: dict[Kind, int] = {}
+        """The first byte of each piece, where they all lie in one region."""
+        self.size = 0
+        for kind, end in ends.items():
+            self.starts[kind] = self.size
+            self.size += -(-end * kind[1].itemsize // ALIGNMENT) * ALIGNMENT
+        self.on_cpu = all(device.type == "cpu" for device, _ in ends)
+        self.parts = [
+            (self.starts[p.kind] + p.start * p.kind[1].itemsize, p.kind[1], p.shape)
+            for p in self.places.values()
+        ] + [(self.starts[k], k[1], torch.Size([end])) for k, end in ends.items()]
+        self.described = [
             (
-                blake3(header(name, dtype_name(place.kind[1]), tuple(place.shape))),
-                place.kind,
-                place.start * place.kind[1].itemsize,
-                place.stop * place.kind[1].itemsize,
+                *(path, dtype_name(p.kind[1]), tuple(p.shape), p.kind),
+                *(p.start * p.kind[1].itemsize, p.stop * p.kind[1].itemsize),
             )
-            for name, place in sorted(self.places.items())
+            for path, p in self.places.items()
         ]
-
-    def digests(self, pieces: Mapping[Kind, Tensor]) -> list[bytes]:
-        """``digest.tensor_digests`` of a copy."""
-        data = {kind: piece.view(torch.uint8).numpy().data for kind, piece in pieces.items()}
-        return [
-            begun.copy().update(data[kind][start:stop]).digest()
-            for begun, kind, start, stop in self._hashed
-        ]
+        """Of each tensor: path, dtype, shape, piece, first byte in it and the one behind."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,30 @@ class Snapshot:
     pieces: Mapping[Kind, Tensor]
     arrivals: tuple[torch.cuda.Event, ...] = ()
 
+    def raws(self) -> list[Raw]:
+        """Its tensors as bytes, without copies."""
+        pieces = self.arrived()
+        data: dict[Kind, Any] = {k: p.view(torch.uint8).numpy().data for k, p in pieces.items()}
+        return [
+            Raw(path, dtype, shape, data[kind][start:stop])
+            for path, dtype, shape, kind, start, stop in self.plan.described
+        ]
+
     def step_digests(self) -> list[bytes]:
         """As ``State.step_digests``."""
-        return self.plan.digests(self._arrived())
+        return digests(self.raws())
 
     def state(self, slots: Slots | None = None) -> State:
         """The state with these slots; its parameters and buffers are views of the copy."""
-        pieces, state = self._arrived(), State({}, {}, slots or {})
+        pieces, state = self.arrived(), State({}, {}, slots or {})
         for path, place in self.plan.places.items():
             value = pieces[place.kind][place.start : place.stop].view(place.shape)
             kind, _, name = path.partition("/")
             (state.params if kind == "params" else state.buffers)[name] = value
         return state
 
-    def _arrived(self) -> Mapping[Kind, Tensor]:
+    def arrived(self) -> Mapping[Kind, Tensor]:
+        """Its pieces, once they are all there."""
         for event in self.arrivals:
             event.synchronize()
         return self.pieces
@@ -99,13 +113,21 @@ class Camera:
         self._plan = Plan(self._live)
 
     @torch.no_grad()
-    def take(self) -> Snapshot:
+    def take(self, arena: Arena | None = None) -> Snapshot:
         """A copy of everything as it is now."""
-        if _facts(self._live.values()) != self._plan.facts:
+        live = self._live.values()
+        if _facts(live) != self._plan.facts:
             self._plan = Plan(self._live)  # somebody set a parameter's .data to another shape
+        plan = self._plan
+        region = arena.take(plan.size) if arena is not None and plan.on_cpu else None
+        if region is not None:
+            views = region.views(plan, plan.parts)
+            torch._foreach_copy_(views[: len(live)], [*live])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            whole = dict(zip(plan.starts, views[len(live) :], strict=True))
+            return Snapshot(plan, whole)
         pieces: dict[Kind, Tensor] = {}
         arrivals: list[torch.cuda.Event] = []
-        for kind, names in self._plan.members.items():
+        for kind, names in plan.members.items():
             piece = torch.cat([self._live[name].reshape(-1) for name in names])
             device = kind[0]
             if device.type == "cuda":
@@ -116,7 +138,7 @@ class Camera:
                 arrivals.append(arrived)
                 piece = host
             pieces[kind] = piece.cpu()
-        return Snapshot(self._plan, pieces, tuple(arrivals))
+        return Snapshot(plan, pieces, tuple(arrivals))
 
 
 def _facts(values: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:

@@ -16,6 +16,7 @@ from culpa.trajectory.checkpoints import CheckpointPolicy
 from culpa.trajectory.commits import Keep
 from culpa.trajectory.jobs import Base
 from culpa.trajectory.observer import Observer
+from culpa.trajectory.ranks.exchange import Exchange
 from culpa.trajectory.resume import Resumption
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import FROZEN_NAME, Stage
@@ -31,7 +32,7 @@ class Staging(ABC):
     """Names the updates by stages. ``Watch`` sets the attributes, and watches the updates."""
 
     _base: Base
-    _writer: Writer
+    _writer: Writer | Exchange
     _observer: Observer
     _problem: Problem
     _losses: list[Problem]

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from culpa import tree
 from culpa.errors import IntegrityError
-from culpa.trajectory import digest, tensors
+from culpa.trajectory import digest, raw, tensors
+from culpa.trajectory.raw import Raw
 from culpa.tree import Slots, Tree
 
 
@@ -77,12 +77,20 @@ class State:
 
     def encode(self) -> bytes:
         """The bytes of its file: safetensors, on the CPU, contiguous."""
-        return save_tensors({n: v.detach().cpu().contiguous() for n, v in self.flat().items()})
+        return raw.encode(raws(self.flat()))
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> State:
         """Read a state's file; raises ``IntegrityError`` if it is not one."""
         return cls.unflatten(tensors.load(memoryview(data)))
+
+
+def raws(tree: Mapping[str, Tensor]) -> list[Raw]:
+    """Tensors by path as bytes on the CPU; those of contiguous tensors there are no copies."""
+    return [
+        Raw(path, digest.dtype_name(v.dtype), tuple(v.shape), digest.raw_bytes(v.detach().cpu()))
+        for path, v in tree.items()
+    ]
 
 
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[str, float]:

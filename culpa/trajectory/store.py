@@ -19,24 +19,21 @@ import contextlib
 import sqlite3
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 
 import msgspec
 from blake3 import blake3
 
-from culpa.trajectory import digest, files, log
+from culpa.trajectory import digest, files, log, raw
 from culpa.trajectory.chain import (
     ChainedMicroBatch,
     StoredMicroBatch,
     field_fingerprints,
     link_content,
 )
-from culpa.trajectory.checkpoints import CheckpointPolicy
-from culpa.trajectory.commits import Commit
-from culpa.trajectory.frozen import digest_of_all
-from culpa.trajectory.point import LoopEnd
+from culpa.trajectory.items import Noted, Update
+from culpa.trajectory.raw import Raw
 from culpa.trajectory.rows import LookedUp, RowIndex
 from culpa.trajectory.schema import (
     FROZEN_NAME,
@@ -45,12 +42,10 @@ from culpa.trajectory.schema import (
     PACK,
     STATES,
     Manifest,
-    OptimizerSpec,
     Stage,
     state_name,
 )
 from culpa.trajectory.seal import Resuming, as_closed
-from culpa.trajectory.state import State
 
 LARGE_STATE = 2**24  # bytes; the updates before such a state are committed before it is written
 
@@ -74,21 +69,37 @@ class Store:
         self._link = bytes(digest.DIGEST_BYTES)
         self._ids: dict[str, dict[bytes, int]] = {t: {} for t in ("layout", "optimizer", "hypers")}
         self._rows = RowIndex(connection, pack, stored=manifest.examples == "stored")
+        self.frozen = frozen
         self._resuming = Resuming(connection, frozen)
         self._steps: list[tuple[object, ...]] = []  # rows of the log that wait for the commit
         self._stage: Stage | None = None
         self.kept: set[int] = set()
 
     @classmethod
-    def create(cls, folder: Path, manifest: Manifest, initial: State, frozen: bytes) -> Store:
-        """A new folder, with the manifest last: before it is there, nothing was recorded."""
+    def create(
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        initial: Sequence[Raw],
+        content: bytes,
+        frozen: bytes,
+    ) -> Store:
+        """A new folder, with the manifest last: before it is there, nothing was recorded.
+
+        Args:
+            folder: does not exist.
+            manifest: of a recording that begins.
+            initial: s_0.
+            content: of the file of the frozen parameters.
+            frozen: their digest.
+        """
         files.make_folder(folder / STATES)
-        files.write_durably(folder / FROZEN_NAME, frozen)
+        files.write_durably(folder / FROZEN_NAME, content)
         with contextlib.ExitStack() as undo:
             undo.callback(log.abandon, connection := log.create(folder / LOG))
             undo.callback((pack := files.open_new(folder / PACK)).close)
-            store = cls(folder, manifest, connection, pack, digest_of_all(frozen, manifest))
-            store.keep(0, initial, None)
+            store = cls(folder, manifest, connection, pack, frozen)
+            store.keep(0, initial, ())
             store.commit()
             files.flush_folder(folder)
             undo.callback(files.remove, folder / MANIFEST)  # there, but perhaps not for good
@@ -97,14 +108,23 @@ class Store:
         return store
 
     @classmethod
-    def reopen(cls, folder: Path, manifest: Manifest) -> Store:
-        """A folder to go on with, back at its last commit."""
+    def reopen(cls, folder: Path, manifest: Manifest, frozen: bytes | None = None) -> Store:
+        """A folder to go on with, back at its last commit.
+
+        Args:
+            folder: holds a run.
+            manifest: replaces the one that is there.
+            frozen: the digest of the frozen parameters, where it is known.
+        """
+        if frozen is None:
+            from culpa.trajectory.frozen import digest_of_all  # needs torch
+
+            frozen = digest_of_all((folder / FROZEN_NAME).read_bytes(), manifest)
         with contextlib.ExitStack() as undo:
             undo.callback(log.abandon, connection := log.reopen(folder / LOG))
             rows = "SELECT max(offset + size) FROM example WHERE offset >= 0"  # -1: by reference
             end = log.rows(connection, rows)[0][0] or 0
             undo.callback((pack := files.open_at(folder / PACK, end)).close)
-            frozen = digest_of_all((folder / FROZEN_NAME).read_bytes(), manifest)
             store = cls(folder, manifest, connection, pack, frozen)
             store._load()
             store._remove_orphans()
@@ -123,76 +143,67 @@ class Store:
         self.committed = self.num_steps
         self.kept = {k for (k,) in log.rows(self._log, "SELECT k FROM state")}
 
-    def look_up(self, commits: Sequence[Commit]) -> list[list[LookedUp]]:
+    def look_up(self, updates: Sequence[Update]) -> list[list[LookedUp]]:
         """The rows of updates that are to be appended: which are known already. Writes nothing."""
-        found = self._rows.look_up([batch for commit in commits for batch, _ in commit.batches])
-        return [[found.pop(0) for _ in commit.batches] for commit in commits]
+        found = self._rows.look_up([batch for update in updates for batch in update.batches])
+        return [[found.pop(0) for _ in update.batches] for update in updates]
 
-    def append(self, commit: Commit, rows: Sequence[LookedUp], policy: CheckpointPolicy) -> None:
+    def append(self, update: Update, rows: Sequence[LookedUp]) -> None:
         """Write one update; durable with the next commit."""
         self.dirty = True
-        digests = commit.after.step_digests()
+        digests = raw.digests(update.after)
         step = digest.combine(digests)
         fingerprints = b"".join(d[: digest.FINGERPRINT_BYTES] for d in digests)
-        optimizer, detail = _json(commit.optimizer), msgspec.json.encode(commit.detail)
         stored: list[StoredMicroBatch] = []
         chained: list[ChainedMicroBatch] = []
-        for (batch, random), looked_up in zip(commit.batches, rows, strict=True):
-            layout, placements = batch.form.json, batch.form.placements
+        for (layout, placements, _, random), looked_up in zip(update.batches, rows, strict=True):
             number = self._id("layout", layout)
             ids, row_digests = self._rows.find(layout, number, looked_up)
-            encoded = random.encode() if random is not None else None
             stored.append(
-                (number, struct.pack(f"<{len(ids)}I", *ids), self._random(encoded), placements)
+                (number, struct.pack(f"<{len(ids)}I", *ids), self._random(random), placements)
             )
-            random_digest = blake3(encoded).digest() if encoded else None
+            random_digest = blake3(random).digest() if random else None
             chained.append((layout, row_digests, random_digest, placements))
-        content = (optimizer, commit.hypers, chained, detail, step, fingerprints)
-        self._link = digest.chain(self._link, link_content(commit.index, *content))
+        content = (update.optimizer, update.hypers, chained, update.detail, step, fingerprints)
+        self._link = digest.chain(self._link, link_content(update.index, *content))
         values = (
-            commit.index,
-            self._id("optimizer", optimizer),
-            self._id("hypers", commit.hypers),
+            update.index,
+            self._id("optimizer", update.optimizer),
+            self._id("hypers", update.hypers),
             msgspec.msgpack.encode(stored),
-            detail,
+            update.detail,
             step,
             fingerprints,
             self._link,
             field_fingerprints(*content),
         )
         self._steps.append(values)
-        for loop, number, random in commit.draws:
-            self._resuming.write(log.draw_id(loop, number), random.encode())
-        if commit.point is not None:
-            self._resuming.write(log.POINT, commit.point.encode())
-        if self._stage is None or commit.stage.name != self._stage.name:
+        self.note(update.notes)
+        if self._stage is None or update.stage.name != self._stage.name:
             self._write_stage()
-        self._stage = commit.stage
-        self.num_steps = commit.index + 1
-        if commit.slots is not None:
-            self.keep(self.num_steps, commit.after.state(commit.slots), policy)
+        self._stage = update.stage
+        self.num_steps = update.index + 1
+        if update.slots is not None:
+            self.keep(self.num_steps, [*update.after, *update.slots], update.drop)
 
-    def end_loop(self, end: LoopEnd) -> None:
-        """A loop over batches ended."""
-        self.dirty = True
-        for number, random in end.drawn:
-            self._resuming.write(log.draw_id(end.number, number), random.encode())
-        self._resuming.write(log.loop_id(end.number), end.encode())
+    def note(self, rows: Sequence[Noted]) -> None:
+        """Where an unfinished recording is to go on."""
+        for key, content in rows:
+            self.dirty = True
+            self._resuming.write(key, content)
 
-    def keep(self, index: int, state: State, policy: CheckpointPolicy | None) -> None:
-        """Write a state, and drop those that the policy no longer wants."""
+    def keep(self, index: int, state: Sequence[Raw], drop: Sequence[int]) -> None:
+        """Write a state, and drop others that are not wanted any more."""
         if index in self.kept:
             return
-        path, data = self.folder / state_name(index), state.encode()
+        path, data = self.folder / state_name(index), raw.encode(state)
         if self.dirty and len(data) >= LARGE_STATE:
             self.commit()
         files.write_durably(path, data)
-        self._insert("INTO state VALUES (?, ?, ?)", (index, state.digest(), len(data)))
+        whole = digest.combine(raw.digests(state))
+        self._insert("INTO state VALUES (?, ?, ?)", (index, whole, len(data)))
         self.kept.add(index)
         self.dirty = True
-        began = max((job.stop for job in self.manifest.earlier), default=0)
-        own = [k for k in self.kept - {index} if k > began]  # those of earlier jobs stay
-        drop = [k for k in own if policy and policy.obsolete(k, index)]
         if drop:
             for k in drop:
                 log.execute(self._log, "DELETE FROM state WHERE k = ?", (k,))
@@ -210,10 +221,10 @@ class Store:
         log.commit(self._log)
         self.committed, self.dirty = self.num_steps, False
 
-    def finish(self, final: State | None, status: str, reason: str, seconds: float) -> None:
+    def finish(self, final: Sequence[Raw] | None, status: str, reason: str, seconds: float) -> None:
         """Write the final state, close the log, and last of all the manifest with the root."""
         if final is not None:
-            self.keep(self.num_steps, final, None)
+            self.keep(self.num_steps, final, ())
         closed = as_closed(self.manifest, self.num_steps, status, reason, seconds)
         if closed.status == "complete":
             self._resuming.clear()
@@ -274,8 +285,3 @@ class Store:
     def _random(self, encoded: bytes | None) -> int | None:
         insert = "INTO random (state) VALUES (?)"
         return None if encoded is None else self._insert(insert, (encoded,))
-
-
-@lru_cache(maxsize=64)
-def _json(spec: OptimizerSpec) -> bytes:
-    return msgspec.json.encode(spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -85,6 +85,13 @@ class Tables:
             raise IntegrityError(f"{self.where}: update {k} is missing.")
         return self.decode_step(found)
 
+    def steps(self, start: int) -> Iterator[StepRecord]:
+        """The updates from ``start`` on, in turn; the errors are those of ``step``."""
+        for expected, row in enumerate(self.log.rows("step", start=start), start):
+            if row[0] != expected:
+                raise IntegrityError(f"{self.where}: update {expected} is missing.")
+            yield self.decode_step(row)
+
     def decode_step(self, row: Any) -> StepRecord:
         """An update from its row of the log."""
         k, optimizer, hypers, micro, detail, digest, fingerprints, *_ = row
@@ -130,15 +137,17 @@ class Tables:
         rows = np.frombuffer(ids, dtype="<u4")
         if len(rows) and int(rows.max()) >= len(self.examples):
             raise self._wrong(k, "micro_batches", f"names example {rows.max()}, not there")
-        if (self.examples[rows, 0] != layout).any():
+        if len(self.layouts) > 1 and (self.examples[rows, 0] != layout).any():
             raise self._wrong(k, "micro_batches", "mixes rows of different layouts")
-        size, different = self._sizes[layout], len(np.unique(rows))
-        if len(rows) * size > batches.most_spread(different * size):
-            raise self._wrong(
-                k,
-                "micro_batches",
-                f"repeats {different} rows {len(rows)} times, {len(rows) * size} bytes",
-            )
+        size = self._sizes[layout]
+        if len(rows) * size > batches.most_spread(0):  # else there is nothing to count
+            different = len(np.unique(rows))
+            if len(rows) * size > batches.most_spread(different * size):
+                raise self._wrong(
+                    k,
+                    "micro_batches",
+                    f"repeats {different} rows {len(rows)} times, {len(rows) * size} bytes",
+                )
         return MicroBatch(layout, tuple(rows.tolist()), random, placements)
 
     def _examples(self) -> Any:
@@ -210,6 +219,15 @@ class Tables:
                 raise IntegrityError(
                     f"{self.where}: table optimizer names a parameter twice, or one that the"
                     " manifest does not have."
+                )
+            buckets = () if spec.reduction is None else spec.reduction.buckets
+            summed = [name for bucket in buckets for name in bucket]
+            if buckets and not (
+                all(buckets) and len({*summed}) == len(summed) and known >= {*summed} >= {*names}
+            ):
+                raise IntegrityError(
+                    f"{self.where}: table optimizer has a reduction whose buckets are not every"
+                    " parameter that the optimizer holds, once."
                 )
 
     def _read(self, table: str, number: int, data: bytes, decode: Callable[[bytes], T]) -> T:

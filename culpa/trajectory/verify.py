@@ -12,7 +12,8 @@ from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.integrity import check_digests
 from culpa.trajectory.run import Run
-from culpa.trajectory.walk import Transition, forward, session
+from culpa.trajectory.state import State
+from culpa.trajectory.walk import Randomness, checked, session
 
 LEVELS = ("digest", "replay")
 
@@ -93,8 +94,9 @@ def _replay(run: Run, problem: Problem, progress: Progress, sample: int | None) 
     try:
         with session(run, problem) as engine:
             for start, stop in segments:
-                for transition in forward(run, engine, start, stop):
-                    _same_as_kept(run, transition)
+                updates = range(start, stop)
+                for k in checked(run, engine, run.state(start), updates, Randomness()):
+                    _same_as_kept(run, engine.live(), k + 1)
                     progress.advance()
     finally:
         progress.finish()
@@ -106,11 +108,9 @@ def _segments(run: Run) -> Sequence[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _same_as_kept(run: Run, transition: Transition) -> None:
-    """Where a state was kept, compare the optimizer's slots too; each update's record has none."""
-    k = transition.index + 1
-    after = run.held_before(transition.after, k)
-    if k not in run.tables.states or after.digest() == run.tables.states[k][0]:
+def _same_as_kept(run: Run, live: State, k: int) -> None:
+    """Where s_k was kept, compare the optimizer's slots too; each update's record has none."""
+    if k not in run.tables.states or run.held_before(live, k).digest() == run.tables.states[k][0]:
         return
     ends = {run.num_steps, *(job.stop for job in run.manifest.earlier)}
     if k in ends and not run.state(k).slots:

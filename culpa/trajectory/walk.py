@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from culpa.errors import CulpaError, IntegrityError, ProblemError
 from culpa.problem import Problem
 from culpa.trajectory import digest, environment, rng
-from culpa.trajectory.engine import Engine, borrowed
+from culpa.trajectory.ahead import ahead
+from culpa.trajectory.borrowing import borrowed
+from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.fits import different_model
 from culpa.trajectory.rng import RandomState
@@ -115,10 +117,36 @@ def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transi
             unless the session allows drift.
     """
     at, randomness = run.kept_before(start), Randomness()
-    for transition in onward(run, engine, run.state(at), range(at, stop), randomness):
-        check_step(run, engine, transition.record, transition.after, randomness)
-        if transition.index >= start:
-            yield transition
+    state = run.state(at)
+    if at < start:
+        for _ in checked(run, engine, state, range(at, start), randomness):
+            pass
+        state = engine.state()
+    for transition in onward(run, engine, state, range(start, stop), randomness):
+        check_step(run, engine, transition.record, randomness)
+        yield transition
+
+
+def checked(
+    run: Run, engine: Engine, state: State, updates: range, randomness: Randomness
+) -> Generator[int]:
+    """Execute observed updates from ``state``, their first one's, and compare each with the record.
+
+    Yields the index of each; ``engine.live()`` is then the state after it. Nothing is copied, so
+    that this costs an update and its digest.
+
+    Raises:
+        IntegrityError: as ``forward`` does.
+    """
+    engine.load(state)
+    for record, batches, recorded in ahead(run, updates):
+        if record.reset:
+            engine.reset_optimizer()
+        randoms = randomness.before(recorded, record)
+        engine.execute(record, batches, randoms, keep=False)
+        randomness.after(randoms, record)
+        check_step(run, engine, record, randomness)
+        yield record.index
 
 
 def onward(
@@ -129,76 +157,60 @@ def onward(
     As for ``forward``, the consumer must leave the module's tensors as they are.
     """
     engine.load(state)
-    for k in updates:
-        record, batches = run.step(k), run.batches_of(k)
+    for record, batches, recorded in ahead(run, updates):
         if record.reset:
             engine.reset_optimizer()
             state = State(state.params, state.buffers)
-        randoms = randomness.before(run.randoms_of(k), record)
+        randoms = randomness.before(recorded, record)
         done = engine.execute(record, batches, randoms)
         randomness.after(randoms, record)
         after = engine.state()
+        k = record.index
         untouched = run.tables.frozen_before(k + 1) if run.tables.joined else frozenset[str]()
         body = batches[record.discarded :]
         yield Transition(record, state, after, done.grads, done.loss, body, done.randoms, untouched)
         state = after
 
 
-def backward(run: Run, engine: Engine, start: int = 0) -> Iterator[Transition]:
-    """The observed updates from the last down to ``start``, recomputed segment by segment.
-
-    Memory: the states of the longest segment between two kept states, O(sqrt(K)) by default;
-    cost: one replay of the updates.
-    """
-    bounds = [start, *(k for k in run.kept_states if start < k < run.num_steps), run.num_steps]
-    for low, high in zip(reversed(bounds[:-1]), reversed(bounds[1:]), strict=True):
-        yield from reversed(list(forward(run, engine, low, high)))
-
-
-def check_step(
-    run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness
-) -> None:
-    """Raise unless ``after`` is what the record says followed update k, bit for bit.
+def check_step(run: Run, engine: Engine, record: StepRecord, randomness: Randomness) -> None:
+    """Raise unless the engine is where the record says that update k led to, bit for bit.
 
     A session that allows drift measures it instead, at the states that the record keeps.
     """
-    seen = run.held_before(after, record.index + 1)
-    digests = seen.step_digests()
+    joined = run.tables.joined
+    seen = engine.looked_at(run.tables.frozen_before(record.index + 1) if joined else frozenset())
+    digests = seen.digests()
     same, fidelity = digest.combine(digests) == record.digest, engine.fidelity
     fidelity.exact = fidelity.exact and (same or not fidelity.allow_drift)
     if not fidelity.exact and record.index + 1 in run.kept_states:
-        fidelity.measure(after, run.state(record.index + 1))
+        fidelity.measure(engine.live(), run.state(record.index + 1))
     if same or fidelity.allow_drift:
         return
     size = digest.FINGERPRINT_BYTES
     recorded = [record.fingerprints[i : i + size] for i in range(0, len(record.fingerprints), size)]
-    names = seen.step_names()
-    wrong = [n for n, d, f in zip(names, digests, recorded, strict=False) if d[:size] != f]
+    wrong = [n for n, d, f in zip(seen.names, digests, recorded, strict=False) if d[:size] != f]
     shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     raise IntegrityError(
         f"update {record.index} of {run.path} does not reproduce: the replay differs from the"
         " record in"
-        f" {shown or 'its set of tensors'}{_how_much(run, engine, record, after, randomness)}."
+        f" {shown or 'its set of tensors'}{_how_much(run, engine, record, randomness)}."
         " Usual causes: a loss or data pipeline that is not the recorded one, an undeclared"
         " clip_grad_norm_, weights edited between updates, or randomness drawn elsewhere."
     )
 
 
-def _how_much(
-    run: Run, engine: Engine, record: StepRecord, after: State, randomness: Randomness
-) -> str:
+def _how_much(run: Run, engine: Engine, record: StepRecord, randomness: Randomness) -> str:
     """The largest difference, measured where the record keeps values: at the next kept state."""
     kept = next((k for k in run.kept_states if k > record.index), None)
     if kept is None:
         return ""
-    engine.load(after)
     try:
         for k in range(record.index + 1, kept):
             later = run.step(k)
             if later.reset:
                 engine.reset_optimizer()
             randoms = randomness.before(run.randoms_of(k), later)
-            engine.execute(later, run.batches_of(k), randoms)
+            engine.execute(later, run.batches_of(k), randoms, keep=False)
             randomness.after(randoms, later)
         truth: Tree = run.state(kept).flat()
     except CulpaError:  # the first update that differs is what must be told

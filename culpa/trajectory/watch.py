@@ -10,16 +10,17 @@ from typing import Any
 from culpa.errors import RecordError
 from culpa.problem import Problem
 from culpa.trajectory import resume, rng
-from culpa.trajectory.batches import encode
 from culpa.trajectory.chain import StepDetail
 from culpa.trajectory.check import Before, Drawn, identify, prove_reproducible
-from culpa.trajectory.commits import Commit
+from culpa.trajectory.commits import Commit, copied
 from culpa.trajectory.durability import Cadence
 from culpa.trajectory.guard import Budget
 from culpa.trajectory.jobs import Base
 from culpa.trajectory.loops import LiveLoop, Loops
-from culpa.trajectory.observer import Observer, encode_hypers
+from culpa.trajectory.observer import Observer
 from culpa.trajectory.point import Point
+from culpa.trajectory.ranks import recording
+from culpa.trajectory.ranks.exchange import Exchange
 from culpa.trajectory.resume import Resumption
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import Stage
@@ -36,7 +37,7 @@ class Watch(Staging):
 
     def __init__(
         self,
-        writer: Writer,
+        writer: Writer | Exchange,
         observer: Observer,
         settings: Settings,
         initial: State,
@@ -145,7 +146,9 @@ class Watch(Staging):
             )
         if self._had_slots and not optimizer.state:
             self._fresh = True  # the loop cleared it: a new job with the same object
-        proving = self._proving.due(self.training_seconds)
+        made_of = self._observer, self._last, len(self._pending), self._usual
+        alone = recording.before_step(self._settings.partners, *made_of)
+        proving = alone and self._proving.due(self.training_seconds)
         if self._fresh or proving or self._discarded or len(self._pending) != self._usual:
             slots = self._observer.state({}, slots=True).slots
             last = self._last_with(slots)
@@ -168,23 +171,24 @@ class Watch(Staging):
             loss_scale=self._scale,
             discarded=self._discarded,
         )
-        hypers = observer.hypers()
+        hypers, hypers_json = observer.hypers_and_json()
         if self._usual == 0:
             self._measure_state()
-        after = self._camera.take()
+        going_on = self._resumption is None
+        after = self._camera.take(self._writer.arena if going_on else None)
         slots = observer.copied_slots() if self._policy.keep(index + 1) else None
         pending = self._pending
         if self._before is not None:
             if self._usual == 0:
                 prove_reproducible(observer.problem, pending)
-            with self._proving.spending():
+            with self._proving.spending(), recording.together(self._settings.partners):
                 pending, detail, ended = identify(
                     *(observer, self._before, pending, detail, hypers),
                     *(after.state(slots), index, self._usual),
                 )
             self._draws_elsewhere = ended != after_random
             self._usual, self._before = len(pending) - detail.discarded, None
-        self._hand_over(pending, detail, hypers, after, slots)
+        self._hand_over(pending, detail, hypers_json, after, slots)
         self._after, self._fresh = None if self._draws_elsewhere else after_random, False
         self._last = after.state
         self._versions, self._had_slots = observer.versions(), bool(optimizer.state)
@@ -198,7 +202,7 @@ class Watch(Staging):
         self,
         pending: Sequence[Drawn],
         detail: StepDetail,
-        hypers: tuple[dict[str, Any], ...],
+        hypers: bytes,
         after: Snapshot,
         slots: Slots | None,
     ) -> None:
@@ -212,28 +216,16 @@ class Watch(Staging):
                 self._resumption = None
             return
         is_kept = index == 0 or self._policy.keep(index) or index in self._kept_before
+        is_kept = is_kept or recording.apart(self._settings.partners, detail)
         going_on = not is_kept and pending[0][1] == self._after
         randoms = [None if going_on and at == 0 else r for at, (_, r) in enumerate(pending)]
-        encoded = [
-            (encode(batch, copy=True), r) for (batch, _), r in zip(pending, randoms, strict=True)
-        ]
+        arena = self._writer.arena
+        encoded = [(copied(b, arena), r) for (b, _), r in zip(pending, randoms, strict=True)]
         named = Stage(self._stage_name(), index if stage is None else stage.start, index + 1)
-        spec, point = self._observer.spec, self._point
+        spec, point = self._observer.spec_json, self._point
         draws, self._point = self._loops.take(), None
-        self._writer.submit(
-            Commit(
-                index,
-                named,
-                spec,
-                encode_hypers(hypers),
-                encoded,
-                detail,
-                after,
-                slots,
-                draws,
-                point,
-            )
-        )
+        facts = (index, named, spec, hypers, encoded, detail, after, slots, draws, point)
+        self._writer.submit(Commit(*facts))
 
     def _measure_state(self) -> None:
         """Tell the policy how large a state is, now that the optimizer has its own."""

@@ -64,7 +64,7 @@ def test_what_the_model_cannot_support_is_refused_before_the_sweep(
     def sweep(*_: object) -> None:
         raise AssertionError("the sweep began")
 
-    monkeypatch.setattr("culpa.estimators.adjoint.backward", sweep)
+    monkeypatch.setattr("culpa.estimators.adjoint.passage", sweep)
     with pytest.raises(culpa.UnsupportedError, match=said) as caught:
         culpa.attribute(run, problem, asked(), propagator=propagator)
     assert works in str(caught.value)

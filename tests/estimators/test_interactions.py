@@ -77,9 +77,9 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = Engine.execute
 
-    def execute(engine: Engine, step: Any, batches: Any, randoms: Any) -> Any:
+    def execute(engine: Engine, step: Any, batches: Any, randoms: Any, **options: Any) -> Any:
         seen.append(step.index)
-        return original(engine, step, batches, randoms)
+        return original(engine, step, batches, randoms, **options)
 
     monkeypatch.setattr(Engine, "execute", execute)
     return seen

@@ -13,7 +13,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam, Optimizer
 
 import culpa
-from culpa.trajectory.engine import Engine, borrowed
+from culpa.trajectory.borrowing import borrowed
+from culpa.trajectory.engine import Engine
 from oracles.compare import assert_bitwise, assert_close, assert_tree_close
 from oracles.loops import Loop, Open, assert_modelled, assert_replayed
 from oracles.problems import cross_entropy, log_likelihoods, seeded

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import culpa
 from culpa.trajectory import memory, rng
+from culpa.trajectory.arena import Arena
 from culpa.trajectory.batches import decode, encode
+from culpa.trajectory.commits import copied
 from culpa.trajectory.observer import Observer
 from culpa.trajectory.snapshot import Camera
 from culpa.trajectory.state import State
@@ -171,10 +173,10 @@ def test_forms_that_are_remembered_are_those_of_their_batches() -> None:
 
 def test_a_copied_batch_is_as_it_was() -> None:
     batch = (torch.randn(4, 3), np.arange(4))
-    copied, expected = encode(batch, copy=True), encode(batch).rows.copy()
+    copies, expected = copied(batch, Arena()), encode(batch).rows.copy()
     batch[0].zero_()
     batch[1][:] = 0
-    assert (copied.rows == expected).all()
+    assert (copies.rows == expected).all()
 
 
 def test_modules_in_evaluation_are_told_whatever_was_exchanged() -> None:

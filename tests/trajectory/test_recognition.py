@@ -16,6 +16,7 @@ import culpa
 from culpa.trajectory import files, log
 from culpa.trajectory.batches import encode
 from culpa.trajectory.chain import row_digest
+from culpa.trajectory.items import Batch
 from culpa.trajectory.recognition import WIDEST, Mapped, Recognition
 from culpa.trajectory.rows import RowIndex
 
@@ -32,7 +33,8 @@ class Index:
         """The numbers of the rows of batches that are looked up together, once they are checked."""
         encoded = [encode((batch,)) for batch in batches]
         found: list[list[int]] = []
-        for one, looked_up in zip(encoded, self.index.look_up(encoded), strict=True):
+        given = [Batch(one.form.json, (), one.rows, None) for one in encoded]
+        for one, looked_up in zip(encoded, self.index.look_up(given), strict=True):
             ids, digests = self.index.find(one.form.json, 0, looked_up)
             assert digests == [row_digest(one.form.json, row.tobytes()) for row in one.rows]
             found.append(ids)

@@ -12,7 +12,7 @@ from culpa.dynamics.propagator import Exact, Propagator
 from culpa.estimators import remainder
 from culpa.estimators.adjoint import attribute
 from culpa.estimators.embed import embed
-from culpa.estimators.sweep import PROBES
+from culpa.estimators.probes import PROBES
 from culpa.problem import Problem
 from culpa.progress import Progress
 from culpa.trajectory.run import Run

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from culpa.auditing.forecasting.stopwatch import Clock, typical
 from culpa.errors import OptionError
 from culpa.problem import Loss, Problem, StagedProblem
+from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.checkpoints import AtStages, CheckpointPolicy, Thinned
-from culpa.trajectory.engine import borrowed
 from culpa.trajectory.record import record
 
 LEAST, FEW, ENOUGH = 2, 16, 33

@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.shares import over_ranks
 from culpa.errors import UnsupportedError
 from culpa.tree import Tree
 
 
 def products(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
+    """``products_alone``, shared by the ranks of ``across_ranks``."""
+    return over_ranks(local, lambda part: products_alone(part, at, vectors), [at for _ in vectors])
+
+
+def products_alone(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
     """G v for each vector, with G at the parameters ``at``: about 1 + 2 Q gradients.
 
     J v is the derivative of u -> J^T u applied to v (two reverse passes, no forward mode needed).

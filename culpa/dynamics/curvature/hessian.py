@@ -6,19 +6,25 @@ Costs are in gradients of the same loss; ``Q`` is the number of vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from culpa import tree
 from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.shares import over_ranks
 from culpa.errors import UnsupportedError
 from culpa.tree import Tree
 
 RELATIVE_STEP = 1e-3
 """Of central differences, in units of ||theta|| / ||v||: between roundoff and curvature."""
-ONE_SIDED_STEP = 3e-4
-"""Of one-sided differences, whose error grows with the step and not with its square."""
+ONE_SIDED_STEPS = {torch.float32: 5e-5, torch.float64: 1e-6}
+"""Of one-sided differences, whose error grows with the step and not with its square.
+
+In float32 on smooth networks products are within 1e-2 of the exact ones from 1e-5 to 3e-4, and
+scores within 2e-3 at 5e-5 (docs/results/attribute_costs.md); another dtype takes ``RELATIVE_STEP``.
+"""
 
 
 def reverse_over_reverse(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
@@ -91,7 +97,7 @@ def one_sided_difference(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) ->
     here = local.grads if at_hand else local.gradient(at)
     products: list[Tree] = []
     for v in vectors:
-        step = _step(at, v, ONE_SIDED_STEP)
+        step = one_sided_step(at, v)
         if step is None:
             products.append(tree.zeros_like(at))
             continue
@@ -106,7 +112,7 @@ def central_differences(
     """``finite_difference`` with a step of one's own, in units of ||theta|| / ||v||."""
     products: list[Tree] = []
     for v in vectors:
-        step = _step(at, v, relative_step)
+        step = step_of(at, v, relative_step)
         if step is None:
             products.append(tree.zeros_like(at))
             continue
@@ -116,8 +122,14 @@ def central_differences(
     return products
 
 
-def _step(at: Tree, vector: Tree, relative_step: float) -> float | None:
-    """e; ``None`` where the vector is zero."""
+def one_sided_step(at: Tree, vector: Tree) -> float | None:
+    """The step that ``one_sided_difference`` takes."""
+    relative = max(ONE_SIDED_STEPS.get(p.dtype, RELATIVE_STEP) for p in at.values())
+    return step_of(at, vector, relative)
+
+
+def step_of(at: Tree, vector: Tree, relative_step: float) -> float | None:
+    """e = relative_step ||theta|| / ||v||; ``None`` where the vector is zero."""
     size = tree.norm(vector)
     return relative_step * (tree.norm(at) or 1.0) / size if size > 0.0 else None
 
@@ -143,8 +155,13 @@ def products(local: LocalLoss, at: Tree, vectors: Sequence[Tree], strategy: str)
     Raises:
         UnsupportedError: if the model has no derivative of the kind the strategy needs.
     """
+    way = STRATEGIES[strategy]
     try:
-        return STRATEGIES[strategy](local, at, vectors)
+        if strategy not in EXACT:  # differences of gradients, which the ranks share already
+            return way(local, at, vectors)
+        return over_ranks(
+            local, lambda part: _by_parts(way, part, at, vectors), [at] * len(vectors)
+        )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -154,3 +171,9 @@ def products(local: LocalLoss, at: Tree, vectors: Sequence[Tree], strategy: str)
             f"Hessian products by {strategy} need a derivative that this model lacks ({error}). Use"
             " culpa.Exact(hvp='finite-difference'), which needs first derivatives only."
         ) from error
+
+
+def _by_parts(way: Strategy, local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
+    """One micro-batch after the other, so that the graph of one is in memory and no more."""
+    found = [way(part, at, vectors) for part in local.parts()]
+    return [reduce(tree.add, products) for products in zip(*found, strict=True)]

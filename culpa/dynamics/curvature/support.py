@@ -8,7 +8,7 @@ normalisation layers cannot be differentiated again. So every strategy is also c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,13 @@ Products = Callable[[LocalLoss, Sequence[Tree]], list[Tree]]
 """(local, vectors) -> a matrix times each."""
 EQUAL = 1e-2
 """Relative difference up to which two products are the same, in float32 as well."""
+KINKED = (
+    *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Threshold", "Hard", "Softshrink", "Abs", "L1Loss"),
+    *("MaxPool", "AdaptiveMaxPool", "Max", "Min", "Amax", "Amin", "Clamp", "Clip", "Median"),
+    *("Topk", "Sort", "Kthvalue", "FractionalMaxPool"),
+)
+"""Operations whose derivative jumps, as their nodes in autograd's graph begin. Differences across a
+jump are wrong by jump over step, at the updates where one happens to be crossed."""
 CONTRADICTED = 0.1
 """Relative difference from finite differences, which have an error of their own, that tells."""
 
@@ -140,18 +147,30 @@ def worst(found: Sequence[Tree], truth: Sequence[Tree]) -> float:
 
 def custom_functions(local: LocalLoss) -> list[str]:
     """The custom ``torch.autograd.Function`` classes that the loss goes through, by name."""
+    custom = torch.autograd.function.BackwardCFunction
+    return _named(n for n in _nodes(local) if isinstance(n, custom))
+
+
+def kinks(local: LocalLoss) -> list[str]:
+    """The operations of ``KINKED`` that the loss goes through, by name. Cost: a forward pass."""
+    return _named(n for n in _nodes(local) if type(n).__name__.startswith(KINKED))
+
+
+def _named(nodes: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(type(n).__name__.partition("Backward")[0] for n in nodes))
+
+
+def _nodes(local: LocalLoss) -> Iterator[Any]:
+    """The graph of the loss."""
     leaves = {name: p.detach().requires_grad_() for name, p in local.params.items()}
     with torch.enable_grad():
         root: Any = local.value(leaves).grad_fn
     seen: set[Any] = set()
-    names: dict[str, None] = {}
     waiting = [root]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.setdefault(type(node).__name__.removesuffix("Backward"))
+        yield node
         waiting.extend(following for following, _ in node.next_functions)
-    return list(names)

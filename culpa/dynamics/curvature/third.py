@@ -17,6 +17,7 @@ from culpa import tree
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.curvature.support import EQUAL, difference, overruled, tried
 from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.shares import over_ranks
 from culpa.errors import UnsupportedError
 from culpa.tree import Tree
 
@@ -44,6 +45,11 @@ class Third:
 
 def taylor(local: LocalLoss, v: Tree) -> Jet:
     """By the derivative of the derivative of the gradient along v, both in forward mode."""
+    found = over_ranks(local, lambda part: list(_taylor(part, v)), [local.params, local.params])
+    return found[0], found[1]
+
+
+def _taylor(local: LocalLoss, v: Tree) -> Jet:
     gradient = torch.func.grad(local.value)
 
     def product(params: Tree) -> Tree:

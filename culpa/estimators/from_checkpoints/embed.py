@@ -14,7 +14,7 @@ from culpa.estimators.from_checkpoints.segment import floating, split, trained
 from culpa.estimators.from_checkpoints.sweep import Carried, Sweep
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
-from culpa.trajectory.engine import borrowed
+from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.state import State, largest_difference
 
