@@ -1,4 +1,8 @@
-"""The command line: thin commands around the library's functions. Numbers are made elsewhere."""
+"""The command line: thin commands around the library's functions. Numbers are made elsewhere.
+
+Loading torch takes seconds, and ``--help``, completion and a misspelt option need none of it: what
+needs it is imported inside of the commands.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 import culpa
-from culpa.auditing.again import options_of, require_same_run
-from culpa.cli.audits import export, print_audit, reproduced, show, work_folder, workers
-from culpa.cli.estimate import estimated
-from culpa.cli.forecast import announce, forecast
+from culpa.cli.forecast import forecast
 from culpa.cli.options import AllowDrift, Anyway, AsJson, ProblemName, Removal, RunPath, ShowName
-from culpa.cli.outcome import replayed, replayed_facts
-from culpa.cli.problem import load_problem, load_show
 from culpa.cli.progress import shown
 from culpa.cli.reproduce import reproduce
-from culpa.cli.screen import inspection
-from culpa.cli.summary import summarize
 from culpa.errors import OptionError
 
 app = typer.Typer(
@@ -53,6 +50,7 @@ def demo(
 
     Example: culpa demo --optimizer adamw --seed 1
     """
+    from culpa.cli.audits import show
     from culpa.experiments.demo import shown as picture
     from culpa.experiments.demo import train
 
@@ -113,6 +111,11 @@ def audit(
 
     Example: culpa audit culpa-demo/run --problem culpa.experiments.demo:problem
     """
+    from culpa.auditing.again import options_of, require_same_run
+    from culpa.cli.announce import announce
+    from culpa.cli.audits import reproduced, show, work_folder, workers
+    from culpa.cli.problem import load_problem, load_show
+
     task, behaviours = load_problem(problem)
     decoder = load_show(examples)
     run = culpa.open_run(path)
@@ -170,6 +173,9 @@ def report(
 
     Example: culpa report culpa-demo/audit.json
     """
+    from culpa.cli.audits import export, print_audit
+    from culpa.cli.problem import load_show
+
     found = culpa.Audit.load(path)
     target = html or path.with_suffix(".html")
     if (run is None) is not (examples is None):
@@ -192,6 +198,9 @@ def inspect(path: RunPath, json: AsJson = False) -> None:
 
     Example: culpa inspect culpa-demo/run
     """
+    from culpa.cli.screen import inspection
+    from culpa.cli.summary import summarize
+
     summary = summarize(culpa.open_run(path))
     if json:
         _print_json(summary)
@@ -223,6 +232,8 @@ def verify(
 
     Example: culpa verify culpa-demo/run --problem culpa.experiments.demo:problem
     """
+    from culpa.cli.problem import load_problem
+
     run = culpa.open_run(path)
     task = load_problem(problem)[0] if problem else None
     level = "replay" if task else "digest"
@@ -262,6 +273,10 @@ def replay(
 
     Example: culpa replay RUN --problem my_training:problem --without mislabelled
     """
+    from culpa.cli.estimate import estimated
+    from culpa.cli.outcome import replayed, replayed_facts
+    from culpa.cli.problem import load_problem
+
     task, behaviours = load_problem(problem)
     run = culpa.open_run(path)
     with shown(err) as progress:

@@ -1,8 +1,10 @@
 """What must stand in the environment before torch is loaded: read from the run, then start anew.
 
-``import culpa`` loads torch, so a process that finds itself unlike the recording one replaces
-itself by one that begins with the recorded variables. A folder may only set the variables that are
-listed in ``environment_fields``, and only to plain words and numbers.
+Libraries read these variables while they are loaded, so a process that finds itself unlike the
+recording one replaces itself by one that begins with the recorded variables. A folder may only set
+the variables that are listed in ``environment_fields``, and only to plain words and numbers.
+
+Without a recorded run among the arguments nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -15,10 +17,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from culpa.trajectory.environment_fields import MOST_THREADS, NOWHERE, VARIABLES, matters
 
 COMMANDS = ("replay", "verify", "audit", "forecast")
 MARK = "CULPA_STARTED_ANEW"
@@ -34,7 +32,12 @@ def prepare(arguments: Sequence[str]) -> None:
     # Called from another program, its arguments are not ours to repeat.
     if not sys.executable or list(arguments) != sys.orig_argv[-len(arguments) :]:
         return
-    wanted = changes(recorded_environment(arguments), os.environ, torch.get_num_threads())
+    recorded = recorded_environment(arguments)
+    if not recorded:  # told apart before torch is loaded
+        return
+    import torch
+
+    wanted = changes(recorded, os.environ, torch.get_num_threads())
     if not wanted:
         return
     said = ", ".join(f"{n}={v}" if v else f"{n} unset" for n, v in sorted(wanted.items()))
@@ -72,6 +75,8 @@ def changes(
     """
     if not recorded:
         return {}
+    from culpa.trajectory.environment_fields import MOST_THREADS, NOWHERE, VARIABLES, matters
+
     device = str(recorded.get("device", "cpu"))
     wanted: dict[str, str | None] = {}
     for name, where in VARIABLES.items():

@@ -13,11 +13,7 @@ from rich.table import Table
 
 from culpa.cli.progress import shown
 from culpa.errors import OptionError
-from culpa.experiments.data.folder import DataFolder
 from culpa.experiments.frame.findings import Result
-from culpa.experiments.frame.page import write_page
-from culpa.experiments.frame.reproduce import reproduce as run_experiment
-from culpa.experiments.registry import MODULES, experiment
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -60,6 +56,11 @@ def reproduce(
 
     Example: culpa reproduce table1 --scale small
     """
+    from culpa.experiments.data.folder import DataFolder
+    from culpa.experiments.frame.page import write_page
+    from culpa.experiments.frame.reproduce import reproduce as run_experiment
+    from culpa.experiments.registry import MODULES, experiment
+
     if scale not in SCALES:
         raise OptionError(f"--scale is one of {', '.join(SCALES)}, got {scale!r}.")
     if not names:
@@ -82,6 +83,8 @@ def reproduce(
 
 
 def _listed() -> Table:
+    from culpa.experiments.registry import MODULES, experiment
+
     table = Table(box=None, show_header=True)
     for column in ("experiment", "the paper's", "must show"):
         table.add_column(column)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.test_commands import Ask, P, ask, flat, train
-from culpa.cli import forecast as module
+from culpa.cli import announce as module
 from culpa.report import forecast as view
 
 __all__ = ["ask"]
