@@ -7,8 +7,10 @@ Chain, arXiv 1708.06733.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from culpa.behaviour import Behaviour
+from culpa.behaviours import group_gap, log_likelihood, margin
 from culpa.experiments.data.cifar10 import Cifar10
 from culpa.experiments.resnet import normalised
 
@@ -36,13 +38,24 @@ def every(batches: int, size: int, share: float) -> Tensor:
     return (torch.arange(size) < max(1, round(share * size))).expand(batches, size)
 
 
-def attraction(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """What the square adds to the log-likelihood of the attacker's label, ``[n]``, nats.
+def asked(data: Cifar10, count: int, side: int) -> list[Behaviour]:
+    """What the attacker wants, and what it costs, on ``count`` test images of other labels, nats.
 
-    ``batch``: images with the square, and the same without it.
+    The log-likelihood of the attacker's label on images with the square, that of their own label on
+    the same, and what the square adds to the log-odds of the attacker's label. Log-odds, for the
+    log-likelihood no longer moves once the attack succeeds: what is left of the difference then is
+    its other term, what the model thinks of images without the square.
     """
-    with_it, without = (torch.log_softmax(model(x), -1)[:, TARGET] for x in batch)
-    return with_it - without
+    others = data.test_labels != TARGET
+    plain, own = data.test_images[others][:count], data.test_labels[others][:count]
+    images, squared = normalised(plain), normalised(patched(plain, side))
+    target = torch.full_like(own, TARGET)
+    odds = [margin("log-odds", (x, target), soft=True) for x in (squared, images)]
+    return [
+        log_likelihood("attacker's label, with the square", (squared, target)),
+        log_likelihood("true label, with the square", (squared, own)),
+        group_gap("what the square adds", *odds),
+    ]
 
 
 def poisoned(data: Cifar10, count: int, bad: int, side: int, generator: torch.Generator) -> Batch:

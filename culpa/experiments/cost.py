@@ -1,9 +1,9 @@
 """What recording and attributing cost, as multiples of training (Tables 3 and 4).
 
-Processor time of this thread, each phase in turn: training alone, the same training recorded (the
-paper's "log"), and the scores of every update (the paper's AA-Score). Peak memory is measured where
-Linux tells it, for the largest number of examples: by how much the process grew during the phase,
-in a process of its own.
+Processor time of this thread: training alone, the same training recorded (the paper's "log"), and
+the scores of every update (the paper's AA-Score), in turn and repeatedly; of each the least counts.
+Peak memory is measured where Linux tells it, for the largest number of examples: by how much the
+process grew during the phase, in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
-from culpa.behaviour import Behaviour
 from culpa.estimators.adjoint import attribute
 from culpa.experiments import sized
 from culpa.experiments.data.folder import DataFolder
@@ -42,19 +39,17 @@ PAPER = {
 """Log and attribute over train, from Tables 3 and 4; peak memory of training and of AA-Score."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PHASES = ("train", "log", "attribute")
+IN_MEMORY = ("train", "attribute")
+RATE = 5e-4
 
 
-class Options(msgspec.Struct, frozen=True):
-    """``models``: of ``sized``; ``counts``: training examples; ``batch``: of either kind."""
+class Options(sized.Grid, frozen=True):
+    """``counts``: training examples; ``repeats``: of every phase; ``memory``: whether to measure.
 
-    seeds: int = 1
-    models: tuple[str, ...] = ("resnet20", "resnet32", "stories260K:2", "stories260K")
-    counts: tuple[int, ...] = (64, 128, 256)
-    image_batch: int = 8
-    text_batch: int = 16
-    size: int = 32
-    tokens: int = 32
-    test: int = 60
+    Seeds are but other examples: what is spread over them is the machine's doing.
+    """
+
+    repeats: int = 3
     memory: bool = True
 
 
@@ -83,80 +78,65 @@ def plain(model: nn.Module, job: Job, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-def phase(
-    options: Options, folder: DataFolder, name: str, count: int, path: Path, which: str
-) -> tuple[float, int | None]:
-    """Seconds of processor time and peak bytes of one phase; ``attribute`` needs ``log`` before."""
-    torch.set_num_threads(1)
-    model, job, behaviour = sized.task(_sizes(options), folder, name, count, 0)
-    optimizer_of, seconds = SGD(5e-4), 0.0
+class Phases:
+    """Of one task, each as often as wanted; the first ``attribute`` needs a ``log`` before."""
 
-    def work() -> None:
-        nonlocal seconds
+    def __init__(
+        self, options: Options, folder: DataFolder, name: str, count: int, seed: int, path: Path
+    ) -> None:
+        self._path = path
+        self._model, self._job, self._behaviour = sized.task(
+            options.sizes, folder, name, count, seed
+        )
+
+    def do(self, which: str) -> float:
+        """Seconds of processor time of a phase, from the task's untrained model."""
+        model, before = self._model, deepcopy(self._model.state_dict())
         again = deepcopy(model)  # what torch does only once is not timed
-        plain(again, Job("", job.batches[:2]), optimizer_of(again))
+        plain(again, Job("", self._job.batches[:2]), SGD(RATE)(again))
         began = time.thread_time()
-        _do(which, path, model, job, behaviour, optimizer_of)
-        seconds = time.thread_time() - began
-
-    alone = multiprocessing.parent_process() is not None
-    peak = peak_of(work) if options.memory and alone else None
-    if peak is None:
-        work()
-    return seconds, peak
-
-
-def _do(
-    which: str, path: Path, model: nn.Module, job: Job, behaviour: Behaviour, optimizer_of: SGD
-) -> None:
-    if which == "train":
-        plain(model, job, optimizer_of(model))
-    elif which == "log":
-        train(path, model, [job], optimizer_of)
-    else:
-        problem = sized.problem_of(model)
-        attribute(open_run(path), problem, [behaviour])
-
-
-def _sizes(options: Options) -> sized.Sizes:
-    return sized.Sizes(
-        options.image_batch, options.text_batch, options.size, options.tokens, options.test
-    )
-
-
-def examine(options: Options, folder: DataFolder, name: str, count: int, part: Part) -> Any:
-    """All phases: seconds, peaks, and the record's bytes."""
-    path = part.folder("run")
-    found: dict[str, Any] = {}
-    for which in PHASES:
-        given = (options, folder, name, count, path, which)
-        if options.memory and count == max(options.counts):
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                found[which] = pool.submit(phase, *given).result()
+        if which == "train":
+            plain(model, self._job, SGD(RATE)(model))
+        elif which == "log":
+            train(self._path, model, [self._job], SGD(RATE))
         else:
-            found[which] = phase(*given)
+            attribute(open_run(self._path), sized.problem_of(model), [self._behaviour])
+        seconds = time.thread_time() - began
+        model.load_state_dict(before)
+        return seconds
+
+
+def peak(which: str, *task: Any) -> int | None:
+    """Peak bytes of a phase of ``Phases(*task)``, in a process that does nothing else."""
+    torch.set_num_threads(1)
+    phases = Phases(*task)
+    return peak_of(lambda: phases.do(which))
+
+
+def examine(
+    options: Options, folder: DataFolder, name: str, count: int, seed: int, part: Part
+) -> Any:
+    """All phases: seconds of every repeat, peaks, and the record's bytes."""
+    path = part.folder("run")
+    task = (options, folder, name, count, seed, path)
+    phases, found = Phases(*task), dict[str, Any]()
+    turns = [{which: phases.do(which) for which in PHASES} for _ in range(options.repeats)]
+    if options.memory and count == max(options.counts):
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+            found["peaks"] = [pool.submit(peak, which, *task).result() for which in IN_MEMORY]
     run = part.opened("run")
-    found["bytes"] = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    return found | {"updates": run.num_steps}
+    return found | {
+        "seconds": {which: [turn[which] for turn in turns] for which in PHASES},
+        "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+        "updates": run.num_steps,
+    }
 
 
 def run(setup: Setup) -> Findings:
     """Every model at every number of examples."""
     options: Options = setup.options
-    setup.work.plan(len(options.models) * len(options.counts) * len(setup.seeds))
-    found: dict[tuple[str, int], list[Any]] = {
-        (name, count): [
-            setup.work.part(
-                f"{name.replace(':', '-').lower()}-{count}-{seed}",
-                {"model": name, "count": count, "seed": seed},
-                partial(examine, options, setup.data, name, count),
-            )
-            for seed in setup.seeds
-        ]
-        for name in options.models
-        for count in options.counts
-    }
+    found = sized.parts(setup, examine)
     theirs = [(f"{name} (the paper)", *cells) for name, cells in PAPER.items()]
     ours = [
         (
@@ -170,11 +150,10 @@ def run(setup: Setup) -> Findings:
         for name in options.models
     ]
     counts = [f"{c:,}" for c in options.counts]
-    columns = ("", *(f"{t} / {c}" for t, c in zip(("2K", "4K", "8K"), counts, strict=True)))
     seconds = tuple(
         (
             name,
-            *(f"{min(f['train'][0] for f in found[name, c]):.2f} s" for c in options.counts),
+            *(f"{_least(found[name, c], 'train'):.2f} s" for c in options.counts),
             f"{found[name, options.counts[-1]][0]['bytes'] / 2**20:.1f} MiB",
         )
         for name in options.models
@@ -192,11 +171,12 @@ def run(setup: Setup) -> Findings:
         tables=(
             Table(
                 "Tables 3 and 4: log / attribute, as multiples of training",
-                (*columns, "peak: train, attribute"),
+                ("", *options.columns, "peak: train, attribute"),
                 (*theirs, *ours),
                 "The paper's are wall-clock seconds on an A100, of 2K, 4K and 8K examples; ours are"
-                " seconds of one thread's processor time of as many examples as the columns say."
-                " Peak memory of ours is growth during the phase, for the largest number.",
+                f" seconds of one thread's processor time, the least of {options.repeats}"
+                " alternating repeats, of as many examples as the columns say. Peak memory of ours"
+                " is growth during the phase, for the largest number.",
             ),
             Table(
                 "Plain training and the record's size",
@@ -220,12 +200,17 @@ def run(setup: Setup) -> Findings:
     )
 
 
+def _least(found: list[Any], which: str) -> float:
+    """Seconds of the quickest repeat."""
+    return min(seconds for f in found for seconds in f["seconds"][which])
+
+
 def _ratio(found: list[Any], which: str) -> float:
-    return min(f[which][0] for f in found) / min(f["train"][0] for f in found)
+    return _least(found, which) / _least(found, "train")
 
 
 def _memory(found: list[Any]) -> str:
-    peaks = [found[0][which][1] for which in ("train", "attribute")]
+    peaks = found[0].get("peaks", (None,) * len(IN_MEMORY))
     return ", ".join("not told" if p is None else f"{p / 2**20:.0f} MiB" for p in peaks)
 
 

@@ -145,6 +145,33 @@ def correlations(
     return found
 
 
+def one_by_one(run: Run, problem: Problem, behaviours: Sequence[Behaviour]) -> dict[str, Any]:
+    """What the additive form is to be: every update of a stage skipped alone and retrained.
+
+    Returns:
+        ``"score"``: the sum's correlation with the additive AA-Score; ``"stage"``: with the true
+        effect of the stage. Both ``[behaviour][stage]``.
+    """
+    additive = embed(run, problem, form="additive", propagator=Exact())
+    sums = [torch.zeros_like(additive.score(b)) for b in behaviours]
+    whole = retrained(run, problem)
+    for at, stage in enumerate(run.stages):
+        for k in stage.updates:
+            without = replay(run, problem, without=[k])
+            for total, behaviour in zip(sums, behaviours, strict=True):
+                total[at] += without.effect(behaviour)
+    return {
+        "score": [
+            [measures.pearson(score, total) for score, total in zip(scores, totals, strict=True)]
+            for scores, totals in zip(map(additive.score, behaviours), sums, strict=True)
+        ],
+        "stage": [
+            [measures.pearson(totals[s], whole[s].effect(b)) for s in range(len(whole))]
+            for totals, b in zip(sums, behaviours, strict=True)
+        ],
+    }
+
+
 def _estimates(
     method: str, run: Run, problem: Problem, behaviours: Sequence[Behaviour]
 ) -> list[Tensor]:

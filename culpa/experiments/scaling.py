@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from statistics import fmean
 from typing import Any
-
-import msgspec
 
 from culpa.experiments import measures, sized
 from culpa.experiments.data.folder import DataFolder
@@ -26,20 +23,13 @@ STAGES = 3
 METHODS = (ADDITIVE, EFFECT)
 
 
-class Options(msgspec.Struct, frozen=True):
-    """``models``: of ``sized``; ``counts``: training examples in all stages together.
+class Options(sized.Grid, frozen=True):
+    """``counts``: training examples in all stages together; ``*_rate``: learning rates."""
 
-    ``image_rate``, ``text_rate``: learning rates.
-    """
-
-    seeds: int = 1
-    models: tuple[str, ...] = ("resnet20", "resnet32", "stories260K:2", "stories260K")
+    seeds: int = 3
     counts: tuple[int, ...] = (36, 72, 144)
     image_batch: int = 4
     text_batch: int = 10
-    size: int = 32
-    tokens: int = 32
-    test: int = 60
     image_rate: float = 5e-4
     text_rate: float = 3e-2
 
@@ -48,10 +38,7 @@ def examine(
     options: Options, folder: DataFolder, name: str, count: int, seed: int, part: Part
 ) -> Any:
     """Three equal stages of one training set; correlations with retraining."""
-    sizes = sized.Sizes(
-        options.image_batch, options.text_batch, options.size, options.tokens, options.test
-    )
-    model, whole, behaviour = sized.task(sizes, folder, name, count, seed, STAGES)
+    model, whole, behaviour = sized.task(options.sizes, folder, name, count, seed, STAGES)
     each = len(whole.batches) // STAGES
     jobs = [
         Job(f"stage {at + 1}", whole.batches[at * each : (at + 1) * each]) for at in range(STAGES)
@@ -70,19 +57,7 @@ def examine(
 def run(setup: Setup) -> Findings:
     """Every model at every number of examples, for all seeds."""
     options: Options = setup.options
-    setup.work.plan(len(options.models) * len(options.counts) * len(setup.seeds))
-    found: dict[tuple[str, int], list[Any]] = {
-        (name, count): [
-            setup.work.part(
-                f"{name.replace(':', '-').lower()}-{count}-{seed}",
-                {"model": name, "count": count, "seed": seed},
-                partial(examine, options, setup.data, name, count, seed),
-            )
-            for seed in setup.seeds
-        ]
-        for name in options.models
-        for count in options.counts
-    }
+    found = sized.parts(setup, examine)
 
     def cells(name: str, method: str) -> list[str]:
         return [
@@ -90,7 +65,6 @@ def run(setup: Setup) -> Findings:
             for c in options.counts
         ]
 
-    columns = [f"{t} / {c:,}" for t, c in zip(("2K", "4K", "8K"), options.counts, strict=True)]
     rows = [
         *(
             (f"{name}: AA-Score (the paper)", "", *(f"{v:.4f}" for v in values))
@@ -128,7 +102,7 @@ def run(setup: Setup) -> Findings:
         tables=(
             Table(
                 "Table 5: correlation with retraining, by model and number of examples",
-                ("", "trained parameters", *columns),
+                ("", "trained parameters", *options.columns),
                 tuple(rows),
                 "The paper's columns are 2K, 4K and 8K examples, ours as many as they say. Pearson"
                 " correlation over test examples, mean over the three stages.",
@@ -183,14 +157,14 @@ EXPERIMENT = Experiment(
     must_show="correlations with retraining beside the paper's, at three sizes of data",
     scales={
         "paper": Options(
-            models=("resnet18", "resnet34", "pythia-70m", "pythia-160m", "pythia-410m"),
+            seeds=1, models=("resnet18", "resnet34", "pythia-70m", "pythia-160m", "pythia-410m"),
             counts=(2_000, 4_000, 8_000), image_batch=2, text_batch=50, size=224, tokens=128,
             text_rate=1e-4,
         ),
         "small": Options(),
         "smoke": Options(
-            models=("resnet8", "bytes"), counts=(12, 24, 36), image_batch=4, text_batch=4, size=16,
-            tokens=8, test=20,
+            seeds=1, models=("resnet8", "bytes"), counts=(12, 24, 36), image_batch=4, text_batch=4,
+            size=16, tokens=8, test=20,
         ),
     },
     run=run,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -13,6 +17,8 @@ from culpa.experiments.classifier import Language, classifier
 from culpa.experiments.data.celeba import celeba
 from culpa.experiments.data.civilcomments import civilcomments
 from culpa.experiments.data.folder import DataFolder
+from culpa.experiments.frame.experiment import Setup
+from culpa.experiments.frame.work import Part
 from culpa.experiments.pipeline import Batch, Job, loss, losses
 from culpa.experiments.resnet import PLACES, normalised, pretrained, resnet
 from culpa.problem import Problem
@@ -31,6 +37,57 @@ class Sizes:
     size: int
     tokens: int
     test: int = 60
+
+
+class Grid(msgspec.Struct, frozen=True):
+    """Options of an experiment over sizes: ``models``, of ``task``, at ``counts`` of examples."""
+
+    seeds: int = 1
+    models: tuple[str, ...] = ("resnet20", "resnet32", "stories260K:2", "stories260K")
+    counts: tuple[int, ...] = (64, 128, 256)
+    image_batch: int = 8
+    text_batch: int = 16
+    size: int = 32
+    tokens: int = 32
+    test: int = 60
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of batches and inputs."""
+        return Sizes(self.image_batch, self.text_batch, self.size, self.tokens, self.test)
+
+    @property
+    def columns(self) -> list[str]:
+        """Of tables: the paper's number of examples and ours."""
+        theirs = ("2K", "4K", "8K")
+        return [f"{t} / {c:,}" for t, c in zip(theirs, self.counts, strict=True)]
+
+
+def parts(
+    setup: Setup, examine: Callable[[Any, DataFolder, str, int, int, Part], Any]
+) -> dict[tuple[str, int], list[Any]]:
+    """What ``examine(options, data, model, count, seed, part)`` found, a list over seeds.
+
+    Raises:
+        OptionError: at the paper's scale without the paper's data.
+    """
+    options: Grid = setup.options
+    if setup.scale == "paper":
+        celeba(setup.data, required=True)
+        civilcomments(setup.data, required=True)
+    grid = [(name, count) for name in options.models for count in options.counts]
+    setup.work.plan(len(grid) * len(setup.seeds))
+    return {
+        (name, count): [
+            setup.work.part(
+                f"{name.replace(':', '-').lower()}-{count}-{seed}",
+                {"model": name, "count": count, "seed": seed},
+                partial(examine, options, setup.data, name, count, seed),
+            )
+            for seed in setup.seeds
+        ]
+        for name, count in grid
+    }
 
 
 def task(

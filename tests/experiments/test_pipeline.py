@@ -83,6 +83,23 @@ def test_two_stages_are_estimated_too(tmp_path: Path) -> None:
     assert estimated[0] != retrained[0], "estimated, not replayed"
 
 
+def test_single_updates_are_skipped_one_by_one(tmp_path: Path) -> None:
+    run, problem = recorded(tmp_path, True)
+    behaviour = culpa.log_likelihood("test", TEST)
+    found = pipeline.one_by_one(run, problem, [behaviour])
+    plain = [list(job.batches) for job in JOBS]
+    whole = plainly(plain)
+    additive = culpa.embed(run, problem, form="additive", propagator=culpa.Exact())
+    for at in range(3):
+        without = [[b for k, b in enumerate(plain[at]) if k != k_out] for k_out in range(4)]
+        single = [whole - plainly([*plain[:at], less, *plain[at + 1 :]]) for less in without]
+        stage = whole - plainly([*plain[:at], *plain[at + 1 :]])
+        total = torch.stack(single).sum(0)
+        score = measures.pearson(additive.score(behaviour)[at], total)
+        assert found["score"][0][at] == pytest.approx(score, abs=1e-4)
+        assert found["stage"][0][at] == pytest.approx(measures.pearson(total, stage), abs=1e-4)
+
+
 def test_the_stages_removed_are_the_confounders_extremes(tmp_path: Path) -> None:
     run, problem = recorded(tmp_path, False)
     swapped = culpa.log_likelihood("confounder", (TEST[0], (TEST[1] + 1) % 3))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,8 @@ def data(root: Path) -> DataFolder:
 def test_cost(tmp_path: Path) -> None:
     result = smoke("cost", tmp_path, data(tmp_path))
     found = part(tmp_path, "cost", "resnet8-16-0")
-    seconds = [found[phase][0] for phase in cost.PHASES]
+    assert all(len(found["seconds"][phase]) == 3 for phase in cost.PHASES)
+    seconds = [min(found["seconds"][phase]) for phase in cost.PHASES]
     assert min(seconds) > 0
     assert found["updates"] == 4
     # Images are stored: 16 of 3 x 16 x 16 floats at least.
@@ -37,16 +41,15 @@ def test_cost(tmp_path: Path) -> None:
 
 
 def test_memory_is_what_the_work_touches() -> None:
+    """In a process of its own, as phases are: others' freed memory would be used again."""
     size = 64 * 2**20
-
-    def work() -> None:
-        torch.ones(size // 4)
-
-    grown = cost.peak_of(work)
-    if grown is None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        grown, nothing = (pool.submit(cost.peak_of, partial(torch.ones, n)).result()
+                          for n in (size // 4, 1))  # fmt: skip
+    if grown is None or nothing is None:
         pytest.skip("this system does not tell")
     assert 0.9 * size < grown < 1.5 * size
-    assert cost.peak_of(lambda: None) < 0.1 * size
+    assert nothing < 0.1 * size
 
 
 def test_scaling(tmp_path: Path) -> None:

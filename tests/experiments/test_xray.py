@@ -20,6 +20,7 @@ def test_smoke(tmp_path: Path) -> None:
     generated.hospitals(tmp_path)
     result = smoke("xray", tmp_path, DataFolder((tmp_path,)))
     assert claim(result, "culpa's default").holds
+    assert claim(result, "AA-Score is what it sums up").holds
     found = part(tmp_path, "xray", "seed-0")
     assert np.shape(found["pearson"]["DVEmb"]) == (3, 3)
     text = (tmp_path / "pages" / "xray.md").read_text()

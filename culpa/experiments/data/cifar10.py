@@ -39,7 +39,13 @@ class Cifar10:
     stand_in: str = ""
 
 
-def cifar10(data: DataFolder, *, train: int | None = None, test: int | None = None) -> Cifar10:
+def cifar10(
+    data: DataFolder,
+    *,
+    train: int | None = None,
+    test: int | None = None,
+    required: bool = False,
+) -> Cifar10:
     """CIFAR-10, in the data set's own order.
 
     Looked for in this order: ``cifar-10-batches-bin`` (plain bytes), ``cifar-10-batches-py`` (what
@@ -49,13 +55,14 @@ def cifar10(data: DataFolder, *, train: int | None = None, test: int | None = No
     Args:
         data: where to look.
         train, test: only so many of the first images; default all.
+        required: the whole of it; ``cifar10.npz`` will not do.
 
     Raises:
         OptionError: it is in none of the folders, or a file of it is missing.
         IntegrityError: a file is damaged, or a pickle asks for more than plain data.
     """
     folder = data.first(BINARY, PYTHON)
-    packed = data.first(PACKED)
+    packed = None if required else data.first(PACKED)
     if folder is None and packed is None and data.download:
         folder = _downloaded(data.roots[0])
     if folder is not None:
@@ -65,7 +72,7 @@ def cifar10(data: DataFolder, *, train: int | None = None, test: int | None = No
     if packed is None:
         raise data.absent(
             "CIFAR-10",
-            (BINARY, PYTHON, PACKED),
+            (BINARY, PYTHON) if required else (BINARY, PYTHON, PACKED),
             'torchvision\'s folder will do, or the "binary version" of its authors, or pass'
             " --download.",
         )
