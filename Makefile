@@ -16,6 +16,7 @@ WORKERS ?= 2
 
 DEV := .venv
 DEMO := .venv-demo
+PEERS := .venv-peers
 # The pin stands in one place only.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -25,10 +26,10 @@ export MKL_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs bench reproduce lint types contracts unit slow clean python-version
+.PHONY: help demo test docs bench bench-peers reproduce lint types contracts unit slow clean python-version
 
 help:  ## what there is to make (the default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(DEMO)/.installed  ## record a small run, audit it and write the report
 	$(DEMO)/bin/culpa demo $(DEMO_FLAGS)
@@ -57,8 +58,23 @@ docs: $(DEV)/.installed  ## the documentation: docs/_build/html/index.html
 	$(DEV)/bin/python -m sphinx -W --keep-going -q docs docs/_build/html
 	@echo "Written: docs/_build/html/index.html"
 
-bench: $(DEV)/.installed  ## what recording costs (three minutes): benchmarks/results/recording.json
+# One process after the other, one thread each: ratios hold on a busy machine, but less well.
+bench: $(DEV)/.installed  ## what everything costs, in trainings (an hour): benchmarks/results
+	@echo "About an hour on a quiet machine: recording 15 minutes, attribute 10, ten stages 10, replay 5,"
+	@echo "growth 20. Results are written as they come: benchmarks/results, docs/results/figures."
 	$(DEV)/bin/python benchmarks/recording.py
+	$(DEV)/bin/python benchmarks/attribute_costs.py
+	$(DEV)/bin/python benchmarks/ten_stages.py
+	$(DEV)/bin/python benchmarks/replay.py
+	$(DEV)/bin/python benchmarks/growth.py
+	$(DEV)/bin/python benchmarks/guard.py --write
+	$(DEV)/bin/python benchmarks/performance.py
+
+bench-peers: $(PEERS)/.installed  ## culpa beside bergson and dattri, in one run
+	@echo "About ten minutes on a quiet machine."
+	$(PEERS)/bin/python benchmarks/peers_bergson.py
+	$(PEERS)/bin/python benchmarks/peers_dattri.py
+	$(PEERS)/bin/python benchmarks/performance.py
 
 reproduce: $(DEV)/.installed  ## the paper's experiments at small scale, resumable: docs/results
 	$(DEV)/bin/culpa reproduce all --out docs/results --drop-runs $(REPRODUCE_FLAGS)
@@ -67,7 +83,7 @@ slow: $(DEV)/.installed  ## the long ones: hundreds of kills, every fault in tur
 	$(DEV)/bin/python -m pytest -m slow $(PYTEST_FLAGS)
 
 clean:  ## remove environments, caches, build output, what demo and reproduce made
-	rm -rf $(DEV) $(DEMO) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(DEV) $(DEMO) $(PEERS) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf build dist culpa.egg-info culpa-demo culpa-reproduce docs/_build
 	find culpa tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -101,6 +117,12 @@ $(DEV)/.installed: pyproject.toml constraints.txt | python-version
 
 $(DEMO)/.installed: pyproject.toml constraints.txt | python-version
 	$(call install,$(DEMO),demo)
+
+# Packages that culpa is compared with and never depends on.
+$(PEERS)/.installed: $(wildcard benchmarks/peers/*) constraints.txt | python-version
+	@echo "== $(PEERS): bergson, dattri and culpa (a few minutes the first time)"
+	@PYTHON='$(PYTHON)' PIP_FLAGS='$(PIP_FLAGS)' benchmarks/peers/install.sh $(PEERS)
+	@touch $@
 
 python-version:
 	@command -v $(PYTHON) > /dev/null || { \

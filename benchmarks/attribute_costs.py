@@ -1,45 +1,156 @@
-"""What do example scores and further behaviours cost? In units of the run's own training.
+"""What does attributing cost? In units of the run's own training, replay and checks included.
 
-    python benchmarks/attribute_costs.py [--repeats 7] [--out FILE]
+    python benchmarks/attribute_costs.py [--repeats 5] [--cases relu,gelu,...] [--out FILE]
 
-40 updates of 100 MNIST images by SGD with momentum .9, the networks of ten_stages.py. Processor
-time (one thread; the machine may be shared) of ``culpa.attribute`` for one behaviour, the same with
-``examples=True``, and for four behaviours, each by the exact Hessian and by Gauss-Newton
-products, in turn in one process; the least of ``--repeats``, since the cost of example scores is a
-small difference of large times. A training is the plain loop over batches in memory, without culpa.
+Four runs, each recorded twice, thinned (the default) and with every state kept:
+
+* ``relu``, ``gelu``: 784-128-128-10 on 128 batches of 100 MNIST images, SGD with momentum .9;
+* ``resnet``: ResNet-8 with BatchNorm and ReLU on 32 batches of 32 random 32 x 32 pictures, so too;
+* ``gpt``: GPT-2 of two layers, width 64, on 64 batches of 8 x 64 random tokens, AdamW (needs
+  transformers; left out without).
+
+Processor time (one thread; the machine may be shared) of the plain loop over batches in memory,
+without culpa, and of ``culpa.attribute``: with exact products for 1 and 4 behaviours and with
+example scores, and with what it chooses by itself. All in turn in one process; the medians of the
+ratios within one turn. Peak memory: the largest resident set of a process of its own that trains
+or attributes, less what was resident before (Linux only: /proc/self/status).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from stages import BATCH, mnist
-from ten_stages import network
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import culpa
+from culpa.experiments.resnet import SmallResNet
 
-UPDATES, BEHAVIOURS = 40, (1, 4)
-PROPAGATORS = {"Exact": culpa.Exact(hvp="reverse-over-reverse"), "GaussNewton": culpa.GaussNewton()}
-Batch = tuple[Tensor, Tensor]
+EXACT = culpa.Exact(hvp="reverse-over-reverse")
+UPDATES = {"relu": 128, "gelu": 128, "resnet": 32, "gpt": 64}
+KEPT: dict[str, Any] = {"thinned": None, "all kept": culpa.Every(1)}
+Batch = tuple[Tensor, ...]
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+@dataclass
+class Case:
+    """One training job, and the batches of its behaviours."""
+
+    model: nn.Module
+    batches: list[Batch]
+    optimizer: Optimizer
+    asked: list[Batch]
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """With the class last but one where there are several answers a row."""
+    found = model(batch[0])
+    return found if isinstance(found, Tensor) else found.logits[:, :-1].transpose(1, 2)
+
+
+def losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Each row's mean."""
+    found = cross_entropy(logits_of(model, batch), batch[-1], reduction="none")
+    return found if found.ndim == 1 else found.mean(1)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean."""
-    return cross_entropy(model(batch[0]), batch[1])
+    return cross_entropy(logits_of(model, batch), batch[-1])
 
 
-def losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Each example's."""
-    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+def sgd(params: Any) -> torch.optim.Optimizer:
+    """As in the paper."""
+    return torch.optim.SGD(params, lr=1e-2, momentum=0.9)
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    """As language models are trained."""
+    return torch.optim.AdamW(params, lr=3e-4)
+
+
+def perceptron(kind: str) -> Case:
+    """On digits."""
+    images, labels, test, answers = mnist()
+    torch.manual_seed(0)
+    between: type[nn.Module] = nn.ReLU if kind == "relu" else nn.GELU
+    first, second = (nn.Linear(784, 128), between()), (nn.Linear(128, 128), between())
+    model = nn.Sequential(*first, *second, nn.Linear(128, 10))
+    order = torch.cat([torch.randperm(len(labels)) for _ in range(7)]).split(BATCH)
+    batches = [(images[r].flatten(1), labels[r]) for r in order[: UPDATES[kind]]]
+    asked = list(zip(test.flatten(1).split(25), answers.split(25), strict=True))
+    return Case(model, [*batches], sgd, [*asked])
+
+
+def resnet() -> Case:
+    """On noise: the cost is the same."""
+    torch.manual_seed(0)
+    batches = [
+        (torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,)))
+        for _ in range(UPDATES["resnet"] + 4)
+    ]
+    return Case(SmallResNet(1, 10), batches[4:], sgd, batches[:4])
+
+
+def gpt() -> Case:
+    """On random tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(n_layer=2, n_embd=64, n_head=4, n_positions=64, vocab_size=512, **still)
+    tokens = torch.randint(0, 512, (UPDATES["gpt"] + 4, 8, 64))
+    batches: list[Batch] = [(one, one[:, 1:]) for one in tokens]
+    return Case(GPT2LMHeadModel(config), batches[4:], adamw, batches[:4])
+
+
+def case_of(kind: str) -> Case:
+    """By name."""
+    if kind in ("relu", "gelu"):
+        return perceptron(kind)
+    return resnet() if kind == "resnet" else gpt()
+
+
+def train(case: Case) -> None:
+    """The plain loop."""
+    optimizer = case.optimizer(case.model.parameters())
+    for batch in case.batches:
+        optimizer.zero_grad()
+        loss(case.model, batch).backward()
+        optimizer.step()
+
+
+def record(case: Case, folder: Path, checkpoints: Any) -> tuple[culpa.Run, culpa.Problem]:
+    """The same loop, recorded."""
+    problem = culpa.Problem(case.model, loss, losses)
+    optimizer = case.optimizer(case.model.parameters())
+    with culpa.record(folder, problem, optimizer, checkpoints=checkpoints) as recorder:
+        for batch in recorder.batches(case.batches):
+            optimizer.zero_grad()
+            loss(case.model, batch).backward()
+            optimizer.step()
+    return culpa.open_run(folder), problem
+
+
+def behaviours(case: Case) -> list[culpa.Behaviour]:
+    """Log-likelihoods."""
+    return [
+        culpa.Behaviour(f"part {i}", lambda m, b: -losses(m, b), batch)
+        for i, batch in enumerate(case.asked)
+    ]
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -49,65 +160,104 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def examine(kind: str, repeats: int, folder: Path) -> dict[str, Any]:
-    """One network."""
-    images, labels, test, answers = mnist()
-    rows = torch.cat([torch.randperm(len(labels)) for _ in range(2)]).split(BATCH)
-    batches = [(images[r].flatten(1), labels[r]) for r in rows[:UPDATES]]
-    model = network(kind)
-    problem = culpa.Problem(model, loss, losses)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
-    with culpa.record(folder, problem, optimizer) as recorder:
-        for batch in recorder.batches(batches):
-            optimizer.zero_grad()
-            loss(model, batch).backward()
-            optimizer.step()
-    run = culpa.open_run(folder)
-    parts = zip(test.flatten(1).split(25), answers.split(25), strict=True)
-    asked = [culpa.log_likelihood(f"part {i}", part) for i, part in enumerate(parts)]
+def examine(kind: str, kept: str, repeats: int) -> dict[str, Any]:
+    """One run."""
+    with tempfile.TemporaryDirectory() as folder:
+        case = case_of(kind)
+        asked = behaviours(case)
+        run, problem = record(case, Path(folder) / "run", KEPT[kept])
+        strategy = ""
 
-    def plain() -> None:
-        other = network(kind)
-        its = torch.optim.SGD(other.parameters(), lr=1e-2, momentum=0.9)
-        for batch in batches:
-            its.zero_grad()
-            loss(other, batch).backward()
-            its.step()
+        def sweep(count: int, by: Any, by_example: bool = False) -> None:
+            nonlocal strategy
+            found = culpa.attribute(run, problem, asked[:count], propagator=by, examples=by_example)
+            strategy = found.strategy if by is None else strategy
 
-    found: dict[str, Any] = {"network": kind}
-    for name, propagator in PROPAGATORS.items():
-        spent: dict[str, list[float]] = {}
-        for _ in range(repeats):
-            once = {"training": seconds(plain)}
+        jobs: dict[str, Callable[[], Any]] = {
+            "replay": lambda: culpa.replay(run, problem),
+            "exact, 1": lambda: sweep(1, EXACT),
+            "exact, 4": lambda: sweep(4, EXACT),
+            "exact, 1 and examples": lambda: sweep(1, EXACT, True),
+            "default, 1": lambda: sweep(1, None),
+            "default, 4": lambda: sweep(4, None),
+            "default, 1 and examples": lambda: sweep(1, None, True),
+        }
+        again, ratios = case_of(kind), dict[str, list[float]]()
+        for turn in range(repeats + 1):
+            training = seconds(lambda: train(again))
+            for name, work in jobs.items():
+                took = seconds(work) / training
+                if turn:  # the first warms up
+                    ratios.setdefault(name, []).append(took)
+    found = {name: round(statistics.median(values), 2) for name, values in ratios.items()}
+    ranges = {n: [round(min(v), 2), round(max(v), 2)] for n, v in ratios.items()}
+    return {"case": kind, "record": kept, "ratios": found, "ranges": ranges, "default": strategy}
 
-            def sweep(count: int, by_example: bool, by: Any = propagator) -> None:
-                culpa.attribute(run, problem, asked[:count], propagator=by, examples=by_example)
 
-            once |= {f"behaviours {n}": seconds(lambda n=n: sweep(n, False)) for n in BEHAVIOURS}
-            once["with examples"] = seconds(lambda: sweep(1, True))
-            for key, value in once.items():
-                spent.setdefault(key, []).append(value)
-        least = {key: min(v) for key, v in spent.items()}
-        found[name] = {k: round(v / least["training"], 2) for k, v in least.items()}
-        extra = least["with examples"] - least["behaviours 1"]
-        found[name]["examples alone"] = round(extra / least["training"], 2)
-    return found
+def peak(kind: str, kept: str) -> dict[str, Any]:
+    """Megabytes above the process before: of training, and of attributing one behaviour."""
+    sizes = {
+        what: int(subprocess.check_output([sys.executable, __file__, "--peak", kind, kept, what]))
+        for what in ("training", "exact", "default")
+    }
+    return {what: round(size / 1024, 1) for what, size in sizes.items()}
+
+
+def kilobytes(what: str) -> int:
+    """Of this process: ``"VmRSS"``, resident now, or ``"VmHWM"``, at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def child(kind: str, kept: str, what: str) -> None:
+    """Prints kilobytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        case = case_of(kind)
+        loss(case.model, case.batches[0]).backward()  # what torch sets up once
+        case.model.zero_grad()
+        path = Path(folder) / "run"
+        if what != "training":
+            subprocess.check_call([sys.executable, __file__, "--peak", kind, kept, str(path)])
+            run = culpa.open_run(path)
+        before = kilobytes("VmRSS")
+        if what == "training":
+            train(case)
+        else:
+            by = EXACT if what == "exact" else None
+            problem = culpa.Problem(case.model, loss, losses)
+            culpa.attribute(run, problem, behaviours(case)[:1], propagator=by)
+        print(kilobytes("VmHWM") - before)
 
 
 def main() -> None:
-    """Every network."""
+    """Every run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", default=",".join(UPDATES))
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--peak", nargs=3, default=None)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.peak:
+        kind, kept, what = given.peak
+        if what in ("training", "exact", "default"):
+            child(kind, kept, what)
+        else:
+            record(case_of(kind), Path(what), KEPT[kept])
+        return
     results: list[dict[str, Any]] = []
-    for kind in ("mlp", "wide", "conv"):
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(examine(kind, given.repeats, Path(folder) / "run"))
-        print(json.dumps(results[-1]), flush=True)
-    if given.out is not None:
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
+    for kind in given.cases.split(","):
+        try:
+            case_of(kind)
+        except ImportError as missing:
+            print(f"{kind} is left out: {missing}", file=sys.stderr)
+            continue
+        for kept in KEPT:
+            found = examine(kind, kept, given.repeats)
+            results.append(found | {"updates": UPDATES[kind], "peak MB": peak(kind, kept)})
+            print(json.dumps(results[-1]), flush=True)
+            if given.out is not None:
+                given.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """culpa.dvemb against the ``dattri`` package's DVEmb: the same numbers, from the same training run.
 
-    pip install torch==2.13.0 dattri
+    make bench-peers, or in that environment (benchmarks/peers/install.sh):
     python benchmarks/dvemb_dattri.py
 
 A GELU MLP learns scikit-learn's digits by plain SGD in float64, two epochs. dattri gathers every
@@ -43,15 +43,17 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return losses(model, batch).mean()
 
 
-def dattri_attributor(model: nn.Module) -> Any:
-    """dattri's DVEmb without projection or factorisation, on the model that is being trained."""
+def dattri_attributor(model: nn.Module, dimensions: int | None = None) -> Any:
+    """dattri's DVEmb on the model that is being trained; ``dimensions``: projected to so many."""
     from dattri.algorithm.dvemb import DVEmbAttributor
     from dattri.task import AttributionTask
 
     def one(params: dict[str, Tensor], data: Batch) -> Tensor:
         return nn.functional.cross_entropy(functional_call(model, params, (data[0],)), data[1])
 
-    return DVEmbAttributor(AttributionTask(loss_func=one, model=model, checkpoints=[{}]))
+    return DVEmbAttributor(
+        AttributionTask(loss_func=one, model=model, checkpoints=[{}]), dimensions
+    )
 
 
 def compare(hidden: int, rate: float, examples: int, batch: int, tests: int) -> dict[str, float]:

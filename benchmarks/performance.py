@@ -1,0 +1,122 @@
+"""Writes the measured tables of docs/performance.md anew from benchmarks/results.
+
+    python benchmarks/performance.py
+
+A table stands between ``<!-- name -->`` and ``<!-- end -->``; the words around it are written by
+hand. tests/test_benchmarks.py holds the page to the results.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+Results = Mapping[str, Any]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def peers(bergson: Results, dattri: Results) -> str:
+    """Both comparisons, one line a method."""
+    ratios, agreed = bergson["times plain training"], bergson["against bergson's scores"]
+    peaks = {n: size / 1e6 for n, size in bergson["peak memory, bytes"].items()}
+    theirs = "bergson, MAGIC with √K checkpoints"
+    rows: list[Sequence[object]] = [
+        ["GPT-2, AdamW", theirs, ratios["bergson sweep"], f"{peaks['bergson']:.0f} MB", ""]
+    ]
+    for name, said in (("auto", "`Exact()`"), ("exact", '`Exact("reverse-over-reverse")`')):
+        of = bergson["of bergson's sweep"][name]
+        gap = f"equal to bergson's but for {agreed[name]['largest gap']:.0e} of the largest"
+        rows.append(
+            [
+                "",
+                f"`culpa.attribute`, {said}",
+                f"{ratios[f'culpa {name}']} ({of} of bergson's)",
+                f"{peaks[name]:.0f} MB",
+                gap,
+            ]
+        )
+    times, rates = dattri["times plain training"], dattri["by learning rate"]
+    for at, name in enumerate(times):
+        found = [rate["correlation with retraining"][name] for rate in rates]
+        said = "correlation with retraining " + ", ".join(f"{r:.3f}" for r in found)
+        rows.append(["digits, SGD" * (at == 0), name, times[name], "", said])
+    columns = ["task", "method", "times plain training", "peak memory", "agreement"]
+    return f"{table(columns, rows)}{_note(bergson)}{_note(dattri)}"
+
+
+def growth(results: Results) -> str:
+    """Exponents, and the ratios at both ends of every panel."""
+    rows: list[Sequence[object]] = []
+    for axis, points in results["growth"].items():
+        ends = points[0], points[-1]
+        span = f"{axis} {ends[0][axis]:,} to {ends[1][axis]:,}"
+        cells = [
+            f"{results['exponents'][axis][part]:.2f} ({' → '.join(_ratio(e, part) for e in ends)})"
+            for part in ("record", "replay", "attribute", "embed")
+        ]
+        rows.append([span, f"{results['exponents'][axis]['plain']:.2f}", *cells])
+    memory = results["memory"]
+    span = f"memory, {memory[0]['updates']:,} to {memory[-1]['updates']:,} updates"
+    cells = [
+        f"{results['exponents']['memory'][part]:.2f}"
+        f" ({memory[0]['bytes'][part] / 1e6:.0f} → {memory[-1]['bytes'][part] / 1e6:.0f} MB)"
+        for part in ("record", "replay", "attribute", "embed")
+    ]
+    rows.append([span, "", *cells])
+    few = results["exponents"]["updates"]["embed, Krylov"]
+    ends = [results["growth"]["updates"][at]["seconds"]["embed, Krylov"] for at in (0, -1)]
+    said = f"`Krylov` from stage checkpoints, updates: {few:.2f} ({ends[0]:.2f} → {ends[1]:.2f} s)."
+    parts = ["", "plain training", "record", "replay", "attribute", "embed"]
+    return f"{table(parts, rows)}\n\n{said}{_note(results)}"
+
+
+def _note(results: Results) -> str:
+    """What its reader must know, if anything."""
+    return f"\n\n*{results['note'][:1].upper()}{results['note'][1:]}.*" if "note" in results else ""
+
+
+def _ratio(point: Results, part: str) -> str:
+    return f"{point['times plain training'][part]:.3g}"
+
+
+def guard(results: Results) -> str:
+    """What is committed."""
+    return table(["", "times plain training"], results.items())
+
+
+def rendered(page: str) -> str:
+    """The page with every table made from the results."""
+
+    def load(name: str) -> Any:
+        return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+    tables = {
+        "peers": lambda: peers(load("peers_bergson"), load("peers_dattri")),
+        "growth": lambda: growth(load("growth")),
+        "guard": lambda: guard(load("guard")),
+    }
+    for name, make in tables.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page, found = place.subn(lambda m, make=make: f"{m[1]}\n{make()}\n\n{m[2]}", page)
+        if found != 1:
+            raise ValueError(f"{PAGE} has {found} places for the table {name!r}, not one")
+    return page
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
