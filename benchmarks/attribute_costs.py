@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", default=",".join(UPDATES))
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attribute_costs.json"))
     parser.add_argument("--peak", nargs=3, default=None)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from growth_figure import exponents, picture
 from spent import peak, seconds
 from torch import Tensor, nn
@@ -252,7 +253,13 @@ def main() -> None:
     if not given.draw:
         measure(given.axes, given.repeats, given.out)
     results = json.loads(given.out.read_text(encoding="utf-8"))
-    given.figure.write_text(picture(results, TITLES, (*PARTS, FROM_CHECKPOINTS)), encoding="utf-8")
+    drawn = picture(results, TITLES, (*PARTS, FROM_CHECKPOINTS))
+    given.figure.write_text(f"{drawn}\n{mark(given.out)}\n", encoding="utf-8")
+
+
+def mark(results: Path) -> str:
+    """What the figure says of the file it was drawn from; fonts differ between machines."""
+    return f"<!-- of {results.name}, BLAKE3 {blake3(results.read_bytes()).hexdigest()} -->"
 
 
 def measure(axes: Sequence[str], repeats: int, out: Path) -> None:

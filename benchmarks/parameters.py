@@ -122,10 +122,20 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def warm() -> None:
+    """Load what torch and culpa load with their first use: seconds that no size explains."""
+    model = Decoder(*SHAPES[1e5])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loss(model, batches(0)[0]).backward()
+    optimizer.step()
+    assert all(callable(f) for f in (culpa.record, culpa.replay, culpa.attribute, culpa.OnDisk))
+
+
 def phase(what: str, size: float, path: Path) -> dict[str, float]:
     """One phase, in this process."""
-    torch.manual_seed(0)
+    warm()
     loaded = peak()
+    torch.manual_seed(0)
     model = Decoder(*SHAPES[size])
     trained = [p for p in model.parameters() if p.requires_grad]
     problem = culpa.Problem(model, loss)

@@ -1,4 +1,4 @@
-"""Writes the measured tables of docs/performance.md anew from benchmarks/results.
+"""Writes the measured tables of docs/performance.md and docs/scaling.md from benchmarks/results.
 
     python benchmarks/performance.py
 
@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {
+    ROOT / "docs" / "performance.md": ("peers", "growth", "guard"),
+    ROOT / "docs" / "scaling.md": ("parameters",),
+}
 Results = Mapping[str, Any]
 
 
@@ -94,8 +98,28 @@ def guard(results: Results) -> str:
     return table(["", "times plain training"], results.items())
 
 
-def rendered(page: str) -> str:
+def parameters(results: Results) -> str:
+    """Adapters on base models of several sizes."""
+    rows = [
+        [
+            f"{r['parameters']:,}",
+            f"{r['trained']:,}",
+            f"{r['seconds_an_update']:.2g} s",
+            *(f"{r['time'][w]:.2f}" for w in ("record", "replay", "attribute")),
+            f"{r['memory_of_training'] / 1e6:.0f} MB",
+            *(f"{r['memory'][w]:.2f}" for w in ("record", "replay", "attribute")),
+            f"{r['bytes_on_disk'] / 1e6:.1f} MB",
+        ]
+        for r in results["results"]
+    ]
+    columns = ["parameters", "trained", "an update", "record", "replay", "attribute"]
+    memory = ["training's memory", "record", "replay", "attribute", "on disk"]
+    return table([*columns, *memory], rows)
+
+
+def rendered(page: Path) -> str:
     """The page with every table made from the results."""
+    text = page.read_text(encoding="utf-8")
 
     def load(name: str) -> Any:
         return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -104,18 +128,21 @@ def rendered(page: str) -> str:
         "peers": lambda: peers(load("peers_bergson"), load("peers_dattri")),
         "growth": lambda: growth(load("growth")),
         "guard": lambda: guard(load("guard")),
+        "parameters": lambda: parameters(load("parameters")),
     }
-    for name, make in tables.items():
+    for name in PAGES[page]:
+        made = tables[name]()
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page, found = place.subn(lambda m, make=make: f"{m[1]}\n{make()}\n\n{m[2]}", page)
+        text, found = place.subn(lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}", text)
         if found != 1:
-            raise ValueError(f"{PAGE} has {found} places for the table {name!r}, not one")
-    return page
+            raise ValueError(f"{page} has {found} places for the table {name!r}, not one")
+    return text
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the pages."""
+    for page in PAGES:
+        page.write_text(rendered(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

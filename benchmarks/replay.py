@@ -209,7 +209,7 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/replay.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, list[dict[str, Any]]] = {"again": [], "side by side": []}

@@ -167,7 +167,7 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ten_stages.json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     results: list[dict[str, Any]] = []

@@ -39,8 +39,9 @@ def prove_reproducible(problem: Problem, pending: Sequence[Drawn]) -> None:
     """Evaluate the loss twice from one random state; raise unless both are the same bits."""
     batch, random = [(b, r) for b, r in pending if r is not None][-1]
     values: list[torch.Tensor] = []
+    fixed = [name for name, _ in problem.model.named_parameters()]
     for _ in range(2):
-        with borrowed(problem.model):  # a forward pass may move buffers, which are state
+        with borrowed(problem.model, fixed):  # a forward pass may move buffers, which are state
             rng.restore(random)
             values.append(problem.evaluate(batch).detach())
     if not torch.equal(values[0], values[1]):
@@ -119,7 +120,8 @@ def _execute_again(
         fingerprints=b"",
         **msgspec.structs.asdict(detail),
     )
-    with borrowed(observer.problem.model):
+    fixed = observer.params.keys() - observer.held.keys()  # a base model is not copied
+    with borrowed(observer.problem.model, fixed):
         engine = Engine(observer.problem)
         engine.load(before.state)
         if before.fresh:
