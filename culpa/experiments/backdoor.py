@@ -36,8 +36,9 @@ SETTINGS = (FEW, SPREAD)
 
 
 class Course(msgspec.Struct, frozen=True):
-    """So many ``epochs`` of ``batches``."""
+    """So many ``epochs`` of ``batches`` of ``batch`` images."""
 
+    batch: int
     batches: int
     epochs: int
     lr: float
@@ -46,7 +47,7 @@ class Course(msgspec.Struct, frozen=True):
 class Options(msgspec.Struct, frozen=True):
     """``network``: with ``pretrained`` weights or random ones, its first layer ``width`` wide.
 
-    ``few``, ``spread``: the training of either setting, in batches of ``batch``. ``bad``: poisoned
+    ``few``, ``spread``: the training of either setting. ``bad``: poisoned
     batches of an epoch, in which all is poisoned; ``share``: of all examples, where the poison is
     in every batch. ``square``: its side. ``truth``: so many updates, half of them poisoned, are
     skipped and retrained. ``synthetic``: images of no meaning, for the tests.
@@ -58,10 +59,9 @@ class Options(msgspec.Struct, frozen=True):
     width: int | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    batch: int = 32
-    few: Course = Course(24, 2, 0.004)
-    spread: Course = Course(30, 4, 0.01)
-    bad: int = 6
+    few: Course = Course(16, 60, 1, 0.0015)
+    spread: Course = Course(32, 30, 4, 0.01)
+    bad: int = 12
     share: float = 0.1
     square: int = 8
     test: int = 200
@@ -80,9 +80,9 @@ def model_of(options: Options, seed: int, data: DataFolder) -> nn.Module:
     return resnet(options.network, 10, seed, options.width)
 
 
-def images_of(options: Options, folder: DataFolder, batches: int) -> Cifar10:
+def images_of(options: Options, folder: DataFolder, images: int) -> Cifar10:
     """CIFAR-10, as much of it as is needed."""
-    counts = 2 * options.batch * batches, 2 * options.test
+    counts = 2 * images, 2 * options.test
     if options.synthetic:
         return badnets.meaningless(*counts)
     return cifar10(folder, train=counts[0], test=counts[1])
@@ -91,7 +91,7 @@ def images_of(options: Options, folder: DataFolder, batches: int) -> Cifar10:
 def examine(options: Options, folder: DataFolder, seed: int, setting: str, part: Part) -> Any:
     """One run: scores of its updates, or of its examples, and which of them are poisoned."""
     course, generator = options.course(setting), torch.Generator().manual_seed(seed)
-    data = images_of(options, folder, course.batches)
+    data = images_of(options, folder, course.batch * course.batches)
     places = [places_of(options, setting, generator) for _ in range(course.epochs)]
     images, labels = badnets.poisoned(
         data, places[0].numel(), int(places[0].sum()), options.square, generator
@@ -156,8 +156,8 @@ def _updates(
 def places_of(options: Options, setting: str, generator: torch.Generator) -> Tensor:
     """Where in an epoch the poison is, bool ``[batches, batch]``."""
     if setting == FEW:
-        return badnets.few(options.few.batches, options.batch, options.bad, generator)
-    return badnets.every(options.spread.batches, options.batch, options.share)
+        return badnets.few(options.few.batches, options.few.batch, options.bad, generator)
+    return badnets.every(options.spread.batches, options.spread.batch, options.share)
 
 
 def _judged(options: Options, bad: Tensor, generator: torch.Generator) -> list[int]:
@@ -190,9 +190,9 @@ def run(setup: Setup) -> Findings:
     return Findings(
         settings=(
             f"{options.network}{' with pretrained weights' * options.pretrained}, SGD with momentum"
-            f" {options.momentum:g}, weight decay {options.weight_decay:g} and batches of"
-            f" {options.batch}. BadNets: a white square of {options.square} x {options.square} in a"
-            f" corner and the label 0. Either {options.bad} batches of an epoch are all poison"
+            f" {options.momentum:g}, weight decay {options.weight_decay:g}. BadNets: a white square"
+            f" of {options.square} x {options.square} in a corner and the label 0. Either"
+            f" {options.bad} batches of an epoch are all poison"
             f" ({_words(options.few)}), or {options.share:.1%} of every batch is"
             f" ({_words(options.spread)}). Tested on {options.test} images of other labels."
         ),
@@ -213,14 +213,18 @@ def run(setup: Setup) -> Findings:
 
 
 def _words(course: Course) -> str:
-    return f"{course.epochs} epochs of {course.batches} batches, learning rate {course.lr:g}"
+    return (
+        f"{course.epochs} epochs of {course.batches} batches of {course.batch}, learning rate"
+        f" {course.lr:g}"
+    )
 
 
 def _stand_ins(options: Options) -> tuple[str, ...]:
     if options.synthetic:
         return ("noise for CIFAR-10, a narrow ResNet-8 for ResNet-18.",)
     return (
-        f"{options.batch * options.few.batches} and {options.batch * options.spread.batches}"
+        f"{options.few.batch * options.few.batches} and"
+        f" {options.spread.batch * options.spread.batches}"
         " CIFAR-10 images of 12,000, re-encoded as JPEG.",
         "a pretrained ResNet-20, fine-tuned, for a ResNet-18 trained from scratch; a larger square,"
         " since so few images carry it.",
@@ -237,13 +241,13 @@ EXPERIMENT = Experiment(
     ),
     scales={
         "paper": Options(
-            seeds=1, network="resnet18", pretrained=False, batch=128, few=Course(390, 2, 0.01),
-            spread=Course(390, 2, 0.01), bad=39, square=3, test=1_000, truth=20,
+            seeds=1, network="resnet18", pretrained=False, few=Course(128, 390, 2, 0.01),
+            spread=Course(128, 390, 2, 0.01), bad=39, square=3, test=1_000, truth=20,
         ),
         "small": Options(),
         "smoke": Options(
-            seeds=1, network="resnet8", pretrained=False, width=4, batch=8,
-            few=Course(12, 2, 0.02), spread=Course(12, 2, 0.02), bad=3, share=0.25, test=20,
+            seeds=1, network="resnet8", pretrained=False, width=4,
+            few=Course(8, 12, 2, 0.02), spread=Course(8, 12, 2, 0.02), bad=3, share=0.25, test=20,
             truth=2, synthetic=True,
         ),
     },
