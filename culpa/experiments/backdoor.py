@@ -214,7 +214,7 @@ def run(setup: Setup) -> Findings:
 
 def _words(course: Course) -> str:
     return (
-        f"{course.epochs} epochs of {course.batches} batches of {course.batch}, learning rate"
+        f"{course.epochs} epoch{'s' * (course.epochs > 1)} of {course.batches} batches of {course.batch}, learning rate"
         f" {course.lr:g}"
     )
 
