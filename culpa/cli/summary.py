@@ -12,16 +12,16 @@ from culpa.auditing.prices import PRODUCTS, REPLAY
 from culpa.dynamics import running
 from culpa.dynamics.updates import Rules
 from culpa.errors import CulpaError
+from culpa.estimators.probes import PROBES
 from culpa.trajectory import environment
 from culpa.trajectory.environment import Difference
 from culpa.trajectory.run import Run
 
 SWEEP, PROBE = 3.2, 3.0
-"""Gradients an update: of ``attribute`` for one behaviour besides its execution, and at its 16
+"""Gradients an update: of ``attribute`` for one behaviour besides its execution, and at its
 probes (the others are in auditing/prices.py). Measured in processor time on a perceptron
 784-512-512-10 with batches of 512; where a gradient takes under a millisecond, everything around
 it makes it up to twice as much."""
-PROBES = 16
 
 
 class StageLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -214,8 +214,8 @@ def run(setup: Setup) -> Findings:
 
 def _words(course: Course) -> str:
     return (
-        f"{course.epochs} epoch{'s' * (course.epochs > 1)} of {course.batches} batches of {course.batch}, learning rate"
-        f" {course.lr:g}"
+        f"{course.epochs} epoch{'s' * (course.epochs > 1)} of {course.batches} batches of"
+        f" {course.batch}, learning rate {course.lr:g}"
     )
 
 

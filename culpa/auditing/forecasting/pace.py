@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -129,7 +130,7 @@ def attributing(
         if i == 0:
             first = took
         else:
-            (probed if k % max(1, count // PROBES) == 0 else plain).append(took)
+            (probed if i % math.ceil(count / PROBES) == 0 else plain).append(took)
     each = max(0.0, typical(plain or probed or [0.0]))
     gradient = _pace_at(run, pace, count - 1)
     more = max(0.0, typical(probed) - each) if plain and probed else TRUST * gradient
@@ -183,7 +184,7 @@ def embedding(
 def attributed(sweep: Sweep, pace: Paces, lengths: Mapping[str, int]) -> float:
     """Seconds of ``culpa.attribute`` on stages of these lengths."""
     count = sum(lengths.values())
-    probes = len(range(0, count, max(1, count // PROBES))) + 1
+    probes = len(range(0, count, math.ceil(count / PROBES)))  # at most: settled ones are sparse
     swept = sum(n * pace.relative(name) for name, n in lengths.items()) * sweep.each
     return sweep.start + pace.executed(lengths) + swept + probes * sweep.probe
 
