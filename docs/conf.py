@@ -36,7 +36,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!culpa\.[a-z]).*"),
     # Internal types that signatures of protocols name.
-    (r"py:class", r"culpa\..*\.(Batch|LocalLoss|Outcome|RandomState|StagedProblem|Task|Updates)"),
+    (
+        r"py:class",
+        r"culpa\..*\.(Batch|LocalLoss|Outcome|RandomState|Ranks|StagedProblem|Task|Transition|Updates)",
+    ),
 ]
 
 html_theme = "furo"
