@@ -10,9 +10,6 @@ from culpa.experiments import measures
 from culpa.experiments.frame.findings import Claim, Table
 from culpa.experiments.pipeline import ADDITIVE, DVEMB, EFFECT, METHODS
 
-PAPERS = {"DVEmb": DVEMB, "AA-Score": ADDITIVE}
-"""The paper's names of rows, and ours."""
-
 
 def table(
     found: Sequence[Any],

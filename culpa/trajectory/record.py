@@ -21,7 +21,6 @@ from culpa.trajectory import resume as resuming
 from culpa.trajectory.checkpoints import CheckpointPolicy, Thinned
 from culpa.trajectory.durability import Durability
 from culpa.trajectory.fits import describe_tensors
-from culpa.trajectory.frozen import digest_of_all
 from culpa.trajectory.frozen import encode as encode_frozen
 from culpa.trajectory.observer import Observer
 from culpa.trajectory.ranks.exchange import Exchange
@@ -205,9 +204,7 @@ def _create(folder: Path, observer: Observer, initial: State, examples: str, kep
     )
     _clear(folder)
     content = encode_frozen(frozen, by_reference=manifest.frozen_by_reference)
-    return Store.create(
-        folder, manifest, raws(initial.flat()), content, digest_of_all(content, manifest)
-    )
+    return Store.create(folder, manifest, raws(initial.flat()), content)
 
 
 def _resumption(

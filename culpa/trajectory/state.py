@@ -68,13 +68,6 @@ class State:
         named |= {f"buffers/{name}": value for name, value in self.buffers.items()}
         return digest.tensor_digests(named)
 
-    def step_names(self) -> list[str]:
-        """The names that belong to ``step_digests``, in order."""
-        return sorted(
-            [f"params/{name}" for name in self.params]
-            + [f"buffers/{name}" for name in self.buffers]
-        )
-
     def encode(self) -> bytes:
         """The bytes of its file: safetensors, on the CPU, contiguous."""
         return raw.encode(raws(self.flat()))

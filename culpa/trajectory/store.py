@@ -32,6 +32,7 @@ from culpa.trajectory.chain import (
     field_fingerprints,
     link_content,
 )
+from culpa.trajectory.frozen import digest_of_all
 from culpa.trajectory.items import Noted, Update
 from culpa.trajectory.raw import Raw
 from culpa.trajectory.rows import LookedUp, RowIndex
@@ -69,7 +70,6 @@ class Store:
         self._link = bytes(digest.DIGEST_BYTES)
         self._ids: dict[str, dict[bytes, int]] = {t: {} for t in ("layout", "optimizer", "hypers")}
         self._rows = RowIndex(connection, pack, stored=manifest.examples == "stored")
-        self.frozen = frozen
         self._resuming = Resuming(connection, frozen)
         self._steps: list[tuple[object, ...]] = []  # rows of the log that wait for the commit
         self._stage: Stage | None = None
@@ -77,12 +77,7 @@ class Store:
 
     @classmethod
     def create(
-        cls,
-        folder: Path,
-        manifest: Manifest,
-        initial: Sequence[Raw],
-        content: bytes,
-        frozen: bytes,
+        cls, folder: Path, manifest: Manifest, initial: Sequence[Raw], frozen: bytes
     ) -> Store:
         """A new folder, with the manifest last: before it is there, nothing was recorded.
 
@@ -90,15 +85,14 @@ class Store:
             folder: does not exist.
             manifest: of a recording that begins.
             initial: s_0.
-            content: of the file of the frozen parameters.
-            frozen: their digest.
+            frozen: the content of the file of the frozen parameters.
         """
         files.make_folder(folder / STATES)
-        files.write_durably(folder / FROZEN_NAME, content)
+        files.write_durably(folder / FROZEN_NAME, frozen)
         with contextlib.ExitStack() as undo:
             undo.callback(log.abandon, connection := log.create(folder / LOG))
             undo.callback((pack := files.open_new(folder / PACK)).close)
-            store = cls(folder, manifest, connection, pack, frozen)
+            store = cls(folder, manifest, connection, pack, digest_of_all(frozen, manifest))
             store.keep(0, initial, ())
             store.commit()
             files.flush_folder(folder)
@@ -108,18 +102,9 @@ class Store:
         return store
 
     @classmethod
-    def reopen(cls, folder: Path, manifest: Manifest, frozen: bytes | None = None) -> Store:
-        """A folder to go on with, back at its last commit.
-
-        Args:
-            folder: holds a run.
-            manifest: replaces the one that is there.
-            frozen: the digest of the frozen parameters, where it is known.
-        """
-        if frozen is None:
-            from culpa.trajectory.frozen import digest_of_all  # needs torch
-
-            frozen = digest_of_all((folder / FROZEN_NAME).read_bytes(), manifest)
+    def reopen(cls, folder: Path, manifest: Manifest) -> Store:
+        """A folder to go on with, back at its last commit; ``manifest`` replaces its own."""
+        frozen = digest_of_all((folder / FROZEN_NAME).read_bytes(), manifest)
         with contextlib.ExitStack() as undo:
             undo.callback(log.abandon, connection := log.reopen(folder / LOG))
             rows = "SELECT max(offset + size) FROM example WHERE offset >= 0"  # -1: by reference
