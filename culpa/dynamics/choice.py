@@ -1,13 +1,18 @@
 """Before a sweep: whether the model can do what the propagator needs, and how it is computed.
 
 A propagator that the model cannot support is refused here, by name, with those that work. For
-``Exact(hvp="auto")`` the strategy is chosen: an exact one that the model supports; and in reverse
-sweeps over at least ``CHECKED_FROM`` updates one-sided differences, at a third of its cost, for as
-long as they are within ``EQUAL`` of the exact products. That is checked during the sweep: at its
+``Exact(hvp="auto")`` the strategy is chosen: an exact one that the model supports; and for
+``Exact(hvp="checked-difference")``, in reverse sweeps over at least ``CHECKED_FROM`` updates,
+one-sided differences, at a third of its cost, for as
+long as they are within ``ALLOWED`` of the exact products. That is checked during the sweep: at its
 first update, at ``CHECKED`` of its length, and wherever the products change in size as they have
 not before. From the first check that fails on, the products are exact. Models with operations that
 are known to have kinks, such as ReLU, are not tried: a small one may cross none at an update that
 is checked. No clock decides, so that results repeat.
+
+Updates between a check that passed and one that failed are not passed again, so this is not the
+default: behind a hidden kink and BatchNorm scores were 2 % off, and of a GPT-2 under AdamW example
+scores .02 of the largest.
 """
 
 from __future__ import annotations
@@ -19,7 +24,6 @@ from dataclasses import dataclass, field, replace
 from culpa import tree
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.curvature.support import (
-    EQUAL,
     consistent,
     examine,
     kinks,
@@ -29,7 +33,7 @@ from culpa.dynamics.curvature.support import (
 )
 from culpa.dynamics.identity import Identity
 from culpa.dynamics.local import LocalLoss
-from culpa.dynamics.propagator import Exact, Propagator
+from culpa.dynamics.propagator import CHOSEN, Exact, Propagator
 from culpa.dynamics.secant import Secant
 from culpa.dynamics.structured import BlockWise, GaussNewton, LayerWise, Subset
 from culpa.errors import UnsupportedError
@@ -41,6 +45,8 @@ from culpa.tree import Tree
 
 CHECKED_FROM = 50
 """Updates of a sweep from which on differences pay for their checks (some 20 gradients)."""
+ALLOWED = 2e-3
+"""Relative difference from the exact product up to which a sweep goes on by differences."""
 CHECKED = (0.0, 1 / 16, 1 / 4, 1 / 2, 3 / 4)
 """Where in a sweep differences are compared with the exact product."""
 SUDDEN = 3.0
@@ -84,13 +90,13 @@ class Choice:
         """For the user to read: what was chosen, why, and what was measured."""
         if not self.gaps:
             return self.because
-        passed = {k: gap for k, gap in self.gaps.items() if gap <= EQUAL}
+        passed = {k: gap for k, gap in self.gaps.items() if gap <= ALLOWED}
         said = self.because
         if passed:
             where = ", ".join(map(str, passed))
             said += f"; within {max(passed.values()):.0e} of {self.reference} at updates {where}"
         for k, gap in self.gaps.items():
-            if gap > EQUAL:
+            if gap > ALLOWED:
                 said += f"; given up for {self.reference} at update {k}, where it was {gap:.0e} off"
         return said
 
@@ -131,7 +137,7 @@ class Choice:
         self._sizes = min(least, size), max(most, size)
         exact = hessian.products(local, local.params, vectors, self.reference)
         gap = self.gaps[local.transition.index] = worst(found, exact)
-        if gap <= EQUAL:
+        if gap <= ALLOWED:
             return found
         self.named = self.propagator = replace(self.propagator, hvp=self.reference)
         self.provisional = False
@@ -170,7 +176,7 @@ def settle(
         found = examine(local, ["reverse-over-reverse"], tried_on[0])
         reference = next(iter(found.products), "finite-difference")
         return Choice(propagator, "as asked", reference)
-    if propagator.hvp != "auto":
+    if propagator.hvp not in CHOSEN:
         found = examine(local, [propagator.hvp], tried_on[0])
         if propagator.hvp in found.refused:
             raise _refusal(propagator, found.refused[propagator.hvp], local, tried_on[0], along)
@@ -190,7 +196,7 @@ def settle(
             "finite-difference",
             fallback,
         )
-    if along:
+    if along or propagator.hvp == "auto":
         return Choice(replace(propagator, hvp=exact), f"{exact}: supported", exact, fallback)
     bent = kinks(local) if length >= CHECKED_FROM else []
     if length < CHECKED_FROM or bent:

@@ -22,7 +22,7 @@ from torch import Tensor
 from culpa import tree
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss, differentiable_twice
-from culpa.dynamics.propagator import Exact, Propagator
+from culpa.dynamics.propagator import CHOSEN, Exact, Propagator
 from culpa.dynamics.shares import over_rows
 from culpa.errors import ProblemError
 from culpa.trajectory.ranks.execute import sharing
@@ -86,7 +86,7 @@ def products(
         return over_rows(
             local, lambda part, n: products(propagator, part, cotangents, n), cotangents, examples
         )
-    if isinstance(propagator, Exact) and propagator.hvp in ("auto", *hessian.EXACT):
+    if isinstance(propagator, Exact) and propagator.hvp in (*CHOSEN, *hessian.EXACT):
         weighted = _Weighted(local, examples)
         still = torch.zeros_like(weighted.params[WEIGHTS])
         found = propagator.products(weighted, [{**w, WEIGHTS: still} for w in cotangents])

@@ -45,6 +45,10 @@ POINTS = {
 """Where along the displacement the curvature is taken, as fractions of it from theta_k."""
 
 
+CHOSEN = ("auto", "checked-difference")
+"""Left open by the user; choice.py decides."""
+
+
 @dataclass(frozen=True)
 class Exact:
     """The Hessian itself: M_k of Estimator 4.1 without approximation.
@@ -53,9 +57,11 @@ class Exact:
         hvp: how products are computed: ``"reverse-over-reverse"``, ``"forward-over-reverse"``,
             ``"reverse-over-forward"`` (equal but for rounding), ``"finite-difference"`` (central)
             or ``"one-sided-difference"`` (with the gradient that the replay has). ``"auto"`` lets
-            ``culpa.attribute`` and ``culpa.embed`` choose: an exact way that the model supports, or
-            in attribute, for smooth models, one-sided differences while they agree with it; they
-            say what, why, and the gaps measured. Elsewhere it is reverse-over-reverse.
+            ``culpa.attribute`` and ``culpa.embed`` choose an exact way that the model supports.
+            ``"checked-difference"``: in attribute, for smooth models, one-sided differences while
+            they agree with it; it says the gaps measured. Cheaper for long runs of small models,
+            and scores may be some hundredths of the largest off. Elsewhere these two are
+            reverse-over-reverse.
         at: for embeddings, where the curvature is taken along a displacement D: ``"observed"``
             (theta_k, the paper's), ``"midpoint"`` (theta_k - D/2, exact for cubic losses) or
             ``"gauss"`` (two Gauss points along D, exact for losses of degree five; twice the cost).
@@ -66,7 +72,7 @@ class Exact:
 
     def __post_init__(self) -> None:
         """Check both options."""
-        strategies = ("auto", *hessian.STRATEGIES)
+        strategies = (*CHOSEN, *hessian.STRATEGIES)
         if self.hvp not in strategies:
             raise OptionError(
                 f"Exact(hvp=...) must be one of {', '.join(strategies)}, got {self.hvp!r}."
@@ -100,4 +106,4 @@ class Exact:
 
     @property
     def _strategy(self) -> str:
-        return "reverse-over-reverse" if self.hvp == "auto" else self.hvp
+        return "reverse-over-reverse" if self.hvp in CHOSEN else self.hvp

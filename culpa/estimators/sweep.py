@@ -16,7 +16,7 @@ from culpa.dynamics.clip import clip
 from culpa.dynamics.clip import derivative as clip_derivative
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss
-from culpa.dynamics.propagator import Exact, Propagator
+from culpa.dynamics.propagator import CHOSEN, Exact, Propagator
 from culpa.dynamics.updates import Rules
 from culpa.estimators.effects import direct_effect, mismatch, slots_dot, statistics_made
 from culpa.estimators.probes import Probes
@@ -186,7 +186,7 @@ class Sweep:
         """Whether the products come with what the running statistics pull back to, in one pass."""
         if not self.running or sharing() is not None:
             return False
-        return isinstance(propagator, Exact) and propagator.hvp in ("auto", "reverse-over-reverse")
+        return isinstance(propagator, Exact) and propagator.hvp in (*CHOSEN, "reverse-over-reverse")
 
     def _probe(self, local: LocalLoss, raw: Sequence[Tree], curved: Sequence[Tree]) -> None:
         """Compare one product with the Hessian's one update later."""

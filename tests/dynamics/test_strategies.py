@@ -91,6 +91,9 @@ def test_layer_norm(strategy: str, tmp_path: Path) -> None:
 LENGTH = choice.CHECKED_FROM + 10
 
 
+CHECKED = culpa.Exact(hvp="checked-difference")
+
+
 def against_exact(run: culpa.Run, problem: culpa.Problem, scores: culpa.Scores) -> float:
     exact = culpa.attribute(run, problem, asked(), propagator=culpa.Exact("reverse-over-reverse"))
     return culpa.agreement(scores.steps[:, 0], exact.steps[:, 0]).relative_error
@@ -98,7 +101,7 @@ def against_exact(run: culpa.Run, problem: culpa.Problem, scores: culpa.Scores) 
 
 def test_a_smooth_model_gets_one_sided_differences(tmp_path: Path) -> None:
     run, problem = recorded(tmp_path / "run", net(nn.GELU()), data(LENGTH))
-    scores = culpa.attribute(run, problem, asked())
+    scores = culpa.attribute(run, problem, asked(), propagator=CHECKED)
     assert scores.propagator == culpa.Exact(hvp="one-sided-difference"), scores.strategy
     checked = [LENGTH - 1 - int(part * LENGTH) for part in choice.CHECKED]
     assert f"of reverse-over-reverse at updates {', '.join(map(str, checked))}" in scores.strategy
@@ -111,7 +114,7 @@ def test_a_smooth_model_gets_one_sided_differences(tmp_path: Path) -> None:
 def test_a_short_run_gets_the_exact_product(tmp_path: Path) -> None:
     length = choice.CHECKED_FROM - 1
     run, problem = recorded(tmp_path / "run", net(nn.GELU()), data(length))
-    scores = culpa.attribute(run, problem, asked())
+    scores = culpa.attribute(run, problem, asked(), propagator=CHECKED)
     assert scores.propagator == culpa.Exact(hvp="reverse-over-reverse"), scores.strategy
 
 
@@ -133,10 +136,11 @@ def test_a_model_with_kinks_gets_the_exact_product(
     run, problem = recorded(tmp_path / "run", model, batches)
     inputs, targets = data(1, 5)[0]
     behaviour = culpa.log_likelihood("right", (inputs.float(), targets))
-    scores = culpa.attribute(run, problem, [behaviour])
-    exact = culpa.attribute(run, problem, [behaviour], propagator=culpa.Exact())
+    scores = culpa.attribute(run, problem, [behaviour], propagator=CHECKED)
+    judge = culpa.Exact(hvp="reverse-over-reverse")
+    exact = culpa.attribute(run, problem, [behaviour], propagator=judge)
     gap = culpa.agreement(scores.steps[:, 0], exact.steps[:, 0]).relative_error
-    assert gap < 1e-2, scores.strategy
+    assert gap < 3e-2, scores.strategy
     if isinstance(kink, nn.ReLU):
         assert scores.propagator == culpa.Exact(hvp="reverse-over-reverse")
         assert "not tried with Relu" in scores.strategy
@@ -161,7 +165,7 @@ def test_differences_that_stop_agreeing_are_given_up_at_once(tmp_path: Path) -> 
         "right", lambda m, b: -curved(m, b)[None], (inputs, targets, torch.zeros(1))
     )
     assert LENGTH - 1 - turn not in {int(part * LENGTH) for part in choice.CHECKED}
-    scores = culpa.attribute(run, problem, [behaviour])
+    scores = culpa.attribute(run, problem, [behaviour], propagator=CHECKED)
     assert f"at updates {LENGTH - 1}, " in scores.strategy
     assert f"given up for reverse-over-reverse at update {turn}," in scores.strategy
     # The update where they failed is passed by the exact product already.
