@@ -10,10 +10,11 @@ Four runs, each recorded twice, thinned (the default) and with every state kept:
   transformers; left out without).
 
 Processor time (one thread; the machine may be shared) of the plain loop over batches in memory,
-without culpa, and of ``culpa.attribute``: with exact products for 1 and 4 behaviours and with
-example scores, and with what it chooses by itself. All in turn in one process; the medians of the
-ratios within one turn. Peak memory: the largest resident set of a process of its own that trains
-or attributes, less what was resident before (Linux only: /proc/self/status).
+without culpa, and of ``culpa.attribute``: for 1 and 4 behaviours and with example scores, exact (as
+it is by default), and for the smooth models, ``gelu`` and ``gpt``, with checked differences. All in
+turn in one process; the medians of the ratios within one turn. Peak memory: the largest resident
+set of a process of its own that trains or attributes, less what was resident before (Linux only:
+/proc/self/status).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ import culpa
 from culpa.experiments.resnet import SmallResNet
 
 EXACT = culpa.Exact(hvp="reverse-over-reverse")
+DIFFERENCES = culpa.Exact(hvp="checked-difference")
+SMOOTH = ("gelu", "gpt")
 UPDATES = {"relu": 128, "gelu": 128, "resnet": 32, "gpt": 64}
 KEPT: dict[str, Any] = {"thinned": None, "all kept": culpa.Every(1)}
 Batch = tuple[Tensor, ...]
@@ -171,17 +175,14 @@ def examine(kind: str, kept: str, repeats: int) -> dict[str, Any]:
         def sweep(count: int, by: Any, by_example: bool = False) -> None:
             nonlocal strategy
             found = culpa.attribute(run, problem, asked[:count], propagator=by, examples=by_example)
-            strategy = found.strategy if by is None else strategy
+            strategy = found.strategy if by is DIFFERENCES else strategy
 
-        jobs: dict[str, Callable[[], Any]] = {
-            "replay": lambda: culpa.replay(run, problem),
-            "exact, 1": lambda: sweep(1, EXACT),
-            "exact, 4": lambda: sweep(4, EXACT),
-            "exact, 1 and examples": lambda: sweep(1, EXACT, True),
-            "default, 1": lambda: sweep(1, None),
-            "default, 4": lambda: sweep(4, None),
-            "default, 1 and examples": lambda: sweep(1, None, True),
-        }
+        ways = {"exact": EXACT} | ({"differences": DIFFERENCES} if kind in SMOOTH else {})
+        jobs: dict[str, Callable[[], Any]] = {"replay": partial(culpa.replay, run, problem)}
+        for name, by in ways.items():
+            jobs[f"{name}, 1"] = partial(sweep, 1, by)
+            jobs[f"{name}, 4"] = partial(sweep, 4, by)
+            jobs[f"{name}, 1 and examples"] = partial(sweep, 1, by, True)
         again, ratios = case_of(kind), dict[str, list[float]]()
         for turn in range(repeats + 1):
             training = seconds(lambda: train(again))
@@ -191,14 +192,14 @@ def examine(kind: str, kept: str, repeats: int) -> dict[str, Any]:
                     ratios.setdefault(name, []).append(took)
     found = {name: round(statistics.median(values), 2) for name, values in ratios.items()}
     ranges = {n: [round(min(v), 2), round(max(v), 2)] for n, v in ratios.items()}
-    return {"case": kind, "record": kept, "ratios": found, "ranges": ranges, "default": strategy}
+    return {"case": kind, "record": kept, "ratios": found, "ranges": ranges, "strategy": strategy}
 
 
 def peak(kind: str, kept: str) -> dict[str, Any]:
     """Megabytes above the process before: of training, and of attributing one behaviour."""
     sizes = {
         what: int(subprocess.check_output([sys.executable, __file__, "--peak", kind, kept, what]))
-        for what in ("training", "exact", "default")
+        for what in ("training", "exact")
     }
     return {what: round(size / 1024, 1) for what, size in sizes.items()}
 
@@ -223,9 +224,8 @@ def child(kind: str, kept: str, what: str) -> None:
         if what == "training":
             train(case)
         else:
-            by = EXACT if what == "exact" else None
             problem = culpa.Problem(case.model, loss, losses)
-            culpa.attribute(run, problem, behaviours(case)[:1], propagator=by)
+            culpa.attribute(run, problem, behaviours(case)[:1], propagator=EXACT)
         print(kilobytes("VmHWM") - before)
 
 
@@ -240,7 +240,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.peak:
         kind, kept, what = given.peak
-        if what in ("training", "exact", "default"):
+        if what in ("training", "exact"):
             child(kind, kept, what)
         else:
             record(case_of(kind), Path(what), KEPT[kept])

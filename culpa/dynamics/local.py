@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from culpa import tree
+from culpa.dynamics.batch_norm import ByKernel
 from culpa.dynamics.shares import decide, over_ranks
 from culpa.errors import UnsupportedError
 from culpa.problem import Problem
@@ -38,7 +39,7 @@ class LocalLoss:
     def __init__(self, problem: Problem, transition: Transition, observed: bool = True) -> None:
         self.problem = problem.of(transition.record.stage)
         self.transition = transition
-        self.observed = observed
+        self.observed = observed and not transition.rounded
         self.grads = transition.grads
         for name, grad in self.grads.items():
             if grad.layout is not torch.strided:
@@ -218,6 +219,13 @@ class LocalLoss:
             if self.transition.randoms:
                 rng.restore(self.transition.randoms[at])
             yield weight, batch
+
+
+@contextmanager
+def reversible_twice(local: LocalLoss) -> Generator[None]:
+    """``differentiable_twice`` in reverse mode only, where batch normalisation is quicker so."""
+    with differentiable_twice(), ByKernel() if local.normalises_by_batch else nullcontext():
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from culpa import tree
+from culpa.dynamics import batch_norm
 from culpa.dynamics.local import LocalLoss, differentiable_twice
 from culpa.dynamics.running import floating, owner_of, unknown
 from culpa.problem import Function, Problem
@@ -76,12 +77,22 @@ class Follow(TorchFunctionMode):
         if not given[by_batch]:
             self.read |= {mean, variance}
             return _normalised(given, self.values[mean], self.values[variance])
-        instances = func is functional.instance_norm
-        for name, stat in ((mean, torch.mean), (variance, torch.var)):
-            value, share = self.values[name], float(given["momentum"])
-            of = _statistic(stat, given["input"].to(value.dtype), instances)
-            self.values[name] = (1.0 - share) * value + share * of
-        return func(**given | {"running_mean": None, "running_var": None})
+        out, *made = _by_batch(func, given, self.values[mean].dtype)
+        share = float(given["momentum"])
+        for name, of in zip((mean, variance), made, strict=True):
+            self.values[name] = (1.0 - share) * self.values[name] + share * of
+        return out
+
+
+def _by_batch(func: Any, given: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The layer in training mode, and the mean and the variance that its statistics move to."""
+    inputs: Tensor = given["input"]
+    instances = func is functional.instance_norm
+    if not instances and inputs.dtype == dtype and batch_norm.written_out(inputs, given["weight"]):
+        return batch_norm.normalise(inputs, given["weight"], given["bias"], given["eps"])
+    out = func(**{**given, "running_mean": None, "running_var": None})
+    made = [_statistic(stat, inputs.to(dtype), instances) for stat in (torch.mean, torch.var)]
+    return out, *made
 
 
 def _statistic(stat: Callable[..., Tensor], inputs: Tensor, instances: bool) -> Tensor:

@@ -22,11 +22,12 @@ from culpa.trajectory.borrowing import set_modes, write
 from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.live import Live
 from culpa.trajectory.optimizers import as_kept, gather_slots
-from culpa.trajectory.ranks.execute import Part, accumulate
+from culpa.trajectory.ranks.execute import Part, accumulate, clip_grad_norm
+from culpa.trajectory.ranks.shards import stepper
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import OptimizerSpec, StepRecord
 from culpa.trajectory.state import State
-from culpa.trajectory.together import Stepper, members_of, rebuilt
+from culpa.trajectory.together import Stepper, members_of
 from culpa.tree import Slots, Tree
 
 
@@ -42,6 +43,10 @@ class Executed:
     loss: float
     grads: Tree
     randoms: tuple[RandomState, ...]
+
+
+_READ_ONLY = frozenset({"SGD", "Adam", "AdamW"})
+"""Optimizers that leave the gradients as they are; others, such as Adamax, compute in them."""
 
 
 class Engine:
@@ -110,7 +115,7 @@ class Engine:
     ) -> Executed:
         """One update, each micro-batch from its ``randoms`` or, if ``None``, as they stand.
 
-        ``keep``: whether its gradients and generators are asked for; copies of them are made.
+        ``keep``: whether its gradients and generators are asked for.
         """
         problem = self.problem.of(record.stage)
         with blamed(record.index, "evaluating"):
@@ -128,7 +133,8 @@ class Engine:
             for member in members_of(self._prepared_optimizer(record)):
                 scaler.unscale_(member)
         live = self._gradients(record)
-        done = Executed(total, tree.clone(live) if keep else {}, tuple(used))
+        grads = live if not keep or self._let_alone(record) else tree.clone(live)
+        done = Executed(total, grads if keep else {}, tuple(used))
         if scaler is not None and not tree.is_finite(live):
             return done  # a scaler skips it; counterfactuals only
         self._clip(record)
@@ -172,6 +178,11 @@ class Engine:
         device = self.params[record.held[0]].device.type
         return GradScaler(device, init_scale=record.loss_scale)
 
+    def _let_alone(self, record: StepRecord) -> bool:
+        """Whether nothing writes into the gradients any more: the next update gets new ones."""
+        clipped = record.clip_grad_norm is not None or record.clip_grad_value is not None
+        return not clipped and record.optimizer.name in _READ_ONLY
+
     def _clip(self, record: StepRecord) -> None:
         if record.clip_grad_norm is None and record.clip_grad_value is None:
             return
@@ -179,7 +190,7 @@ class Engine:
         names = {*record.held}
         held = [p for name, p in self.params.items() if name in names]
         if record.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(held, record.clip_grad_norm)
+            clip_grad_norm(record, held, record.clip_grad_norm)
         if record.clip_grad_value is not None:
             torch.nn.utils.clip_grad_value_(held, record.clip_grad_value)
 
@@ -211,7 +222,7 @@ class Engine:
         if self._optimizer is None or not built:
             slots = self._live_slots()
             with blamed(record.index, "optimizer or hypers"):
-                self._optimizer = rebuilt(
+                self._optimizer = stepper(
                     record.optimizer, record.hypers, self.params, self.problem.optimizers
                 )
             with blamed(record.index, "slots of the kept state before it"):
@@ -229,7 +240,7 @@ def _backward(
     problem: Problem, record: StepRecord, part: Part, scaler: GradScaler | None, keep: bool
 ) -> tuple[float, list[RandomState]]:
     """Accumulate gradients; the loss, and the generators before each forward that draws."""
-    total, used, count = 0.0, list[RandomState](), len(part.batches) - record.discarded
+    total, used = 0.0, list[RandomState]()
     for at, (batch, random) in enumerate(zip(part.batches, part.randoms, strict=True)):
         if random is not None:
             rng.restore(random)
@@ -240,7 +251,8 @@ def _backward(
         if keep and record.drew_randomness:
             used.append(rng.capture())
         with blamed_on_loss(record.index):
-            loss = _weighted(problem.evaluate(batch), part.weights, at - record.discarded, count)
+            share = part.weights, at - record.discarded, part.count
+            loss = _weighted(problem.evaluate(batch), *share)
             (loss if scaler is None else scaler.scale(loss)).backward()
         total += float(loss.detach())
     return total, used

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from culpa import tree
-from culpa.dynamics.local import LocalLoss, differentiable_twice
+from culpa.dynamics.local import LocalLoss, differentiable_twice, reversible_twice
 from culpa.dynamics.shares import over_ranks
 from culpa.errors import UnsupportedError
 from culpa.tree import Tree
@@ -31,7 +31,7 @@ def reverse_over_reverse(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) ->
     """grad of <grad L, v>, all vectors sharing one graph: 1.5 + Q gradients."""
     leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
     inputs = list(leaves.values())
-    with torch.enable_grad(), differentiable_twice():
+    with torch.enable_grad(), reversible_twice(local):
         grads = torch.autograd.grad(
             local.value(leaves),
             inputs,
