@@ -21,18 +21,14 @@ sweep that carries running statistics needs their derivatives and the kernel has
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 SOURCE = "torch.nn.BatchNorm; Ioffe, Szegedy, Batch Normalization, ICML 2015"
-SIGNATURE = inspect.signature(functional.batch_norm)
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -54,25 +50,6 @@ def normalise(
     shift = inputs.new_zeros(inputs.shape[1]) if bias is None else bias
     found: Any = _Normalise.apply(inputs, scale, shift, eps)
     return found
-
-
-class ByKernel(TorchFunctionMode):
-    """Inside, models normalise by their batches with ``normalise``, wherever it can be."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every call of torch passes here; one of them is ours."""
-        if func is not functional.batch_norm:
-            return func(*args, **(kwargs or {}))
-        given = SIGNATURE.bind(*args, **(kwargs or {})).arguments
-        inputs, weight = given["input"], given.get("weight")
-        if not given.get("training") or not written_out(inputs, weight):
-            return func(*args, **(kwargs or {}))
-        out, mean, variance = normalise(inputs, weight, given.get("bias"), given.get("eps", 1e-5))
-        with torch.no_grad():
-            for name, value in (("running_mean", mean), ("running_var", variance)):
-                if given[name] is not None:
-                    given[name].lerp_(value.to(given[name].dtype), given.get("momentum", 0.1))
-        return out
 
 
 class _Normalise(Function):

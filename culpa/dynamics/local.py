@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from culpa import tree
-from culpa.dynamics.batch_norm import ByKernel
+from culpa.dynamics.by_kernel import ByKernel, gains
 from culpa.dynamics.shares import decide, over_ranks
 from culpa.errors import UnsupportedError
 from culpa.problem import Problem
@@ -223,8 +223,8 @@ class LocalLoss:
 
 @contextmanager
 def reversible_twice(local: LocalLoss) -> Generator[None]:
-    """``differentiable_twice`` in reverse mode only, where batch normalisation is quicker so."""
-    with differentiable_twice(), ByKernel() if local.normalises_by_batch else nullcontext():
+    """``differentiable_twice`` in reverse mode only, in which some layers are quicker."""
+    with differentiable_twice(), ByKernel() if gains(local.problem.model) else nullcontext():
         yield
 
 

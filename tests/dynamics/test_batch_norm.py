@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from culpa.dynamics.batch_norm import ByKernel, normalise, written_out
+from culpa.dynamics.batch_norm import normalise, written_out
+from culpa.dynamics.by_kernel import ByKernel
 
 SHAPES = st.sampled_from([(5, 3), (4, 2, 7), (3, 2, 4, 5), (2, 1, 2, 3, 2)])
 
