@@ -11,8 +11,8 @@ are known to have kinks, such as ReLU, are not tried: a small one may cross none
 is checked. No clock decides, so that results repeat.
 
 Updates between a check that passed and one that failed are not passed again, so this is not the
-default: behind a hidden kink and BatchNorm scores were 2 % off, and of a GPT-2 under AdamW example
-scores .02 of the largest.
+default: behind a hidden kink and BatchNorm scores were 2 % off. (Of a GPT-2 under AdamW they are
+within 1e-3 of the largest.)
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ class Exact:
             or ``"one-sided-difference"`` (with the gradient that the replay has). ``"auto"`` lets
             ``culpa.attribute`` and ``culpa.embed`` choose an exact way that the model supports.
             ``"checked-difference"``: in attribute, for smooth models, one-sided differences while
-            they agree with it; it says the gaps measured. Cheaper for long runs of small models,
-            and scores may be some hundredths of the largest off. Elsewhere these two are
-            reverse-over-reverse.
+            they agree with it; it says the gaps measured. A quarter cheaper in long runs; scores
+            are some 1e-3 of the largest off, and more where a kink is hidden. Elsewhere these two
+            are reverse-over-reverse.
         at: for embeddings, where the curvature is taken along a displacement D: ``"observed"``
             (theta_k, the paper's), ``"midpoint"`` (theta_k - D/2, exact for cubic losses) or
             ``"gauss"`` (two Gauss points along D, exact for losses of degree five; twice the cost).

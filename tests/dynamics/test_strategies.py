@@ -111,6 +111,32 @@ def test_a_smooth_model_gets_one_sided_differences(tmp_path: Path) -> None:
     assert "reverse-over-reverse" in carried.facts["strategy"]
 
 
+def test_examples_are_as_exact_as_the_updates_that_they_are_in(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 48), nn.GELU(), nn.Linear(48, 3))
+    batches = [(x.float(), y) for x, y in data(LENGTH, 16)]
+
+    def losses(module: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+    problem = culpa.Problem(model, lambda m, b: losses(m, b).mean(), losses)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with culpa.record(tmp_path / "run", problem, optimizer) as recorder:
+        for batch in recorder.batches(batches):
+            optimizer.zero_grad()
+            problem.loss(model, batch).backward()
+            optimizer.step()
+    run, (inputs, targets) = culpa.open_run(tmp_path / "run"), data(1, 5)[0]
+    behaviours = [culpa.log_likelihood("right", (inputs.float(), targets))]
+    found, exact = (
+        culpa.attribute(run, problem, behaviours, propagator=by, examples=True).examples
+        for by in (CHECKED, culpa.Exact("reverse-over-reverse"))
+    )
+    assert found is not None
+    assert exact is not None
+    assert 0.0 < float((found - exact).abs().max()) < 5e-4 * float(exact.abs().max())
+
+
 def test_a_short_run_gets_the_exact_product(tmp_path: Path) -> None:
     length = choice.CHECKED_FROM - 1
     run, problem = recorded(tmp_path / "run", net(nn.GELU()), data(length))
