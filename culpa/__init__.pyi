@@ -72,6 +72,7 @@ from .trajectory.checkpoints import Thinned as Thinned
 from .trajectory.durability import Durability as Durability
 from .trajectory.growth import Grown as Grown
 from .trajectory.growth import grow as grow
+from .trajectory.hold import InMemory as InMemory
 from .trajectory.hold import OnCpu as OnCpu
 from .trajectory.hold import OnDisk as OnDisk
 from .trajectory.ranks.execute import across_ranks as across_ranks

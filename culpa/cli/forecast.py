@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -16,6 +17,14 @@ from culpa.report.numbers import duration, plural
 out = Console(highlight=False)
 
 
+class Place(StrEnum):
+    """Where updates wait."""
+
+    memory = "memory"
+    cpu = "cpu"
+    disk = "disk"
+
+
 def forecast(
     path: Annotated[
         str | None,
@@ -23,6 +32,15 @@ def forecast(
     ] = None,
     problem: ProblemName = "",
     budget: Annotated[float, typer.Option(help="Of the audit, in trainings.")] = 1.0,
+    hold: Annotated[
+        Place, typer.Option(help="Where the recomputed updates of attribute wait.")
+    ] = Place.memory,
+    half: Annotated[
+        bool, typer.Option("--half", help="They wait in bfloat16: half the bytes.")
+    ] = False,
+    processes: Annotated[
+        int, typer.Option(help="That share replay, attribute and embed (culpa.across_ranks).")
+    ] = 1,
     allow_drift: AllowDrift = False,
     json: AsJson = False,
 ) -> None:
@@ -37,13 +55,14 @@ def forecast(
 
     if not problem:
         raise typer.BadParameter("is needed: MODULE:FUNCTION", param_hint="--problem")
+    ways: dict[str, Any] = {"budget": budget, "hold": _held(hold, half), "processes": processes}
     if path is None:
         plan, behaviours = load_plan(problem)
-        found = culpa.forecast(plan, behaviours=behaviours, budget=budget)
+        found = culpa.forecast(plan, behaviours=behaviours, **ways)
     else:
         task, behaviours = load_problem(problem)
         run = culpa.open_run(path)
-        found = culpa.forecast(run, task, behaviours, budget=budget, allow_drift=allow_drift)
+        found = culpa.forecast(run, task, behaviours, allow_drift=allow_drift, **ways)
     short = {name: said for name in found.jobs if (said := found.missing(name))}
     if json:
         facts = {**msgspec.to_builtins(found.found), "missing": short, "took": found.took}
@@ -56,3 +75,12 @@ def forecast(
     )
     for said in short.values():
         out.print(f"[bold]Too little:[/] {escape(said)}")
+
+
+def _held(place: Place, half: bool) -> culpa.InMemory | culpa.OnCpu | culpa.OnDisk:
+    import torch
+
+    dtype = torch.bfloat16 if half else None
+    if place is Place.disk:
+        return culpa.OnDisk(dtype=dtype)
+    return culpa.OnCpu(dtype) if place is Place.cpu else culpa.InMemory(dtype)

@@ -25,7 +25,7 @@ from culpa.estimators.sweep import Adjoint, Sweep
 from culpa.estimators.trust import Trust
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
-from culpa.trajectory.hold import Hold
+from culpa.trajectory.hold import Hold, told
 from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
 from culpa.trajectory.walk import session
@@ -53,7 +53,8 @@ class Scores:
             ``culpa.replay(allow_drift=True)``.
         fallback: where no propagator was named and the exact sweep stopped being reliable:
             all updates before this one were passed with Gauss-Newton products.
-        strategy: how the propagator's products were computed, why, and what was measured.
+        strategy: how the propagator's products were computed, why, and what was measured; and
+            whether waiting updates were rounded (``hold=``).
         spread: float64 ``[num_steps, num_behaviours]``: with smoothing, how far the scores along
             one trajectory typically are from ``steps``, as a standard deviation; else ``None``.
             ``trust``, ``singular`` and ``fallback`` are those of the observed trajectory.
@@ -113,8 +114,8 @@ def attribute(
             BatchNorm in training mode an example has two parts in its update: its own loss, and the
             statistics by which all others are normalised. Its score is that of its loss, in the
             batch as it was; what the others, and the running statistics, owe to its presence is no
-            example's. Cost: little with exact products, which share their derivatives; a forward
-            pass an update with differences; with other propagators a gradient an update.
+            example's. Cost: little with exact products, which share their derivatives; with other
+            propagators two forward passes an update and behaviour.
         order: 1, the paper's; or 2, with the curvature of the behaviour along what each update did
             to the final parameters (curved.py), in ``steps`` and ``stages``, not in ``examples``.
             Under Adam, whose last updates are as large as any, that can be most of what order 1
@@ -123,7 +124,8 @@ def attribute(
             runs whose sweep explodes (growth beyond 40, or scores graded "not identified").
         hold: where recomputed states wait for their turn: ``culpa.OnCpu()``, or
             ``culpa.OnDisk(folder)``, for models of which the device or the machine does not hold
-            O(sqrt(K)) states. Default: where the model is. Smoothing holds its own there.
+            O(sqrt(K)) states; each, and ``culpa.InMemory``, with ``dtype=torch.bfloat16`` for half
+            the bytes. Default: where the model is, as they are. Smoothing holds its own so.
         allow_drift: measure what does not reproduce instead of refusing it; see ``culpa.replay``.
         progress: see ``culpa.progress``.
 
@@ -203,7 +205,7 @@ def attribute(
         observed.fallback,
         counterfactual,
         engine.fidelity.claim,
-        choice.reason,
+        choice.reason + told(hold),
         spread,
     )
 

@@ -16,12 +16,15 @@ from culpa.dynamics.propagator import Propagator
 from culpa.errors import OptionError, ResourceError
 from culpa.problem import Problem
 from culpa.report.numbers import data_size, duration
+from culpa.trajectory.hold import Hold
+from culpa.trajectory.ranks.execute import sharing
 from culpa.trajectory.run import Run
 
 COLUMNS = ("job", "seconds", "peak memory", "writes")
 INSTEAD = {
     "attribute": (
-        "attribute fewer behaviours at a time, or record with more checkpoints:"
+        "attribute fewer behaviours at a time, let updates wait elsewhere or in half the bytes"
+        " (hold=culpa.OnDisk(folder, dtype=torch.bfloat16)), or record with more checkpoints:"
         " culpa.Every(n) for a smaller n"
     ),
     "embed": "embed fewer stages at a time",
@@ -103,9 +106,10 @@ class Forecast:
 def cells(job: Job) -> tuple[str, str, str]:
     """Time, memory and disk as a person reads them."""
     device = f", device {data_size(job.device_memory)}" if job.device_memory else ""
+    several = f"{job.processes} x " if job.processes > 1 else ""
     return (
         f"{'up to ' if job.at_most else ''}{duration(job.seconds)}",
-        f"{data_size(job.memory)}{device}" if job.memory else f"unknown{device}",
+        f"{several}{data_size(job.memory)}{device}" if job.memory else f"unknown{device}",
         data_size(job.disk) if job.disk else "-",
     )
 
@@ -117,6 +121,8 @@ def forecast(
     *,
     budget: float = 1.0,
     propagator: Propagator | None = None,
+    hold: Hold | None = None,
+    processes: int = 1,
     allow_drift: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Forecast:
@@ -132,7 +138,10 @@ def forecast(
         behaviours: those to attribute; without any, neither ``attribute`` nor ``audit`` is
             forecast.
         budget: of the audit, as for ``culpa.audit``.
-        propagator, allow_drift: as for ``culpa.attribute``.
+        propagator, hold, allow_drift: as for ``culpa.attribute``.
+        processes: how many will share replay, attribute and embed on this machine (inside of
+            ``culpa.across_ranks()``): each of them holds the model, the states and the adjoints.
+            Measured is one alone, whose memory is at least that of each of several.
         clock: tells seconds. ``time.process_time`` forecasts processor time instead.
 
     Returns:
@@ -144,13 +153,21 @@ def forecast(
         of the machine.
 
     Raises:
-        OptionError: for a run without its problem, a plan with one, or a negative budget.
+        OptionError: for a run without its problem, a plan with one, a negative budget, or on
+            several ranks that share their work.
         and whatever recording or replaying a few updates raises.
     """
     began = time.perf_counter()
-    asked = Asked(behaviours, budget, propagator, allow_drift, clock)
+    asked = Asked(behaviours, budget, propagator, allow_drift, clock, hold, processes)
     if not budget >= 0:
         raise OptionError(f"budget is a number of trainings, >= 0; got {budget}.")
+    if processes < 1:
+        raise OptionError(f"processes is how many share the work, at least 1; got {processes}.")
+    if sharing() is not None:
+        raise OptionError(
+            "forecast measures one process, by its own clock: call it outside of across_ranks(),"
+            " with processes=... for the memory of several."
+        )
     if isinstance(of, Plan):
         if problem is not None:
             raise OptionError("forecast(plan, ...) takes no problem: the plan has one.")

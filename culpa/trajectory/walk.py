@@ -15,6 +15,7 @@ from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.fits import different_model
+from culpa.trajectory.ranks.bare import is_sharded
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import StepRecord
@@ -40,6 +41,8 @@ class Transition:
     randoms: Sequence[RandomState]
     untouched: frozenset[str] = frozenset()
     """Parameters that trained only later: no counterfactual differs in them yet."""
+    rounded: bool = False
+    """Whether it waited in half precision: ``grads`` are not those at ``before`` to every digit."""
 
     @property
     def index(self) -> int:
@@ -76,11 +79,16 @@ def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[
     With ``allow_drift`` nothing is refused for not being bitwise; ``engine.fidelity`` measures it.
 
     Raises:
-        ProblemError: if the model's parameters or buffers are not those of the run, or a problem
-            by stages has not its stages.
+        ProblemError: if the model's parameters or buffers are not those of the run, or sharded, or
+            a problem by stages has not its stages.
         EnvironmentDifference: if the process differs from the recording one in what cannot be set.
     """
     model = problem.model
+    if is_sharded(model):
+        raise ProblemError(
+            f"the model given for {run.path} is one that fully_shard was applied to. A run is"
+            " walked again with the model as it was before: build one that nothing shards."
+        )
     wrong = different_model(
         run.manifest, dict(model.named_parameters()), dict(model.named_buffers())
     )

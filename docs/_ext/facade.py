@@ -18,7 +18,7 @@ PLACES = ("culpa", "culpa.behaviours")
 """Where users import from: a class is documented there, wherever it is defined."""
 MADE_BY_USERS = {
     *("Problem", "Behaviour", "CheckpointStage", "Durability", "Smoothing", "RecorderCallback"),
-    *("Plan", "Processes", "Ray", "Grown", "OnCpu", "OnDisk"),
+    *("Plan", "Processes", "Ray", "Grown", "InMemory", "OnCpu", "OnDisk"),
     *("Thinned", "Every", "All", "AtStages", "Budget"),
     *("Exact", "GaussNewton", "LayerWise", "BlockWise", "Subset", "Secant", "Krylov", "Identity"),
 }

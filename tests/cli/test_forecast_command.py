@@ -31,7 +31,11 @@ def test_forecast_of_a_run(ask: Ask) -> None:
     assert max(map(len, answer.out.splitlines())) <= 80
     assert re.search(r"^audit +(up to )?[\d.]+ s +\d+ MB", answer.out, re.MULTILINE)
     assert f"{run.num_steps} updates of" in flat(answer.out)
-    facts = json.loads(ask("forecast", "run", *P, "--json").out)
+    elsewhere = ("--hold", "disk", "--half", "--processes", "2")
+    facts = json.loads(ask("forecast", "run", *P, "--json", *elsewhere).out)
+    attribute = facts["jobs"]["attribute"]
+    assert attribute["processes"] == 2
+    assert attribute["disk"] > 0
     assert set(facts["jobs"]) == {"replay", "attribute", "embed", "audit"}
     assert facts["missing"] == {}
     assert facts["jobs"]["replay"]["memory"] > 50e6

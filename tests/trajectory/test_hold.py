@@ -105,7 +105,7 @@ def test_files_are_removed_when_a_sweep_ends_early(run: culpa.Run, tmp_path: Pat
         way = backward(run, engine, hold=OnDisk(tmp_path))
         next(way)
         (scratch,) = tmp_path.iterdir()
-        assert len([*scratch.iterdir()]) == 5  # of seven: one in use, one read ahead
+        assert len([*scratch.iterdir()]) == 6  # of seven and the state they end with: both read
         way.close()  # type: ignore[attr-defined]
     assert [*tmp_path.iterdir()] == []
 

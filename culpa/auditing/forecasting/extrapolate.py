@@ -9,9 +9,10 @@ For K updates:
     audit        attribute + replays within the budget (+ embed, unless all stages are replayed)
 
 Memory is the peak of the whole process while the job was begun, and what the job will hold beyond
-that: recomputed states with their gradients and batches (``attribute``), displacements and
-optimizer states (``embed``). Pages of the run's files, which the system may drop, count only where
-they were read.
+that: recomputed states with their gradients and batches (``attribute``, by where they wait:
+waiting.py), displacements and optimizer states (``embed``). Pages of the run's files, which the
+system may drop, count only where they were read. Processes that share the work hold the model, the
+states and the adjoints each, and of a batch only their part: at most as much as one alone.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from culpa.auditing.forecasting.pace import Paces, Sweep
 from culpa.auditing.forecasting.plan import Plan, Planned, Rehearsal, history
 from culpa.auditing.forecasting.resources import Peak, peak
 from culpa.auditing.forecasting.stopwatch import Clock
+from culpa.auditing.forecasting.waiting import Waiting
 from culpa.auditing.prices import History, price, replaying_costs_less
 from culpa.behaviour import Behaviour
 from culpa.dynamics.propagator import Propagator
 from culpa.errors import OptionError, UnsupportedError
 from culpa.estimators.by_replay import REPLAYED_UP_TO
+from culpa.trajectory.hold import Hold
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import FROZEN_NAME, Stage
 
@@ -51,6 +54,8 @@ class Asked:
     propagator: Propagator | None
     allow_drift: bool
     clock: Clock
+    hold: Hold | None = None
+    processes: int = 1
 
 
 @dataclass
@@ -82,14 +87,15 @@ class Shape:
     """The run that is forecast: its stages' lengths, its kept states, sizes of what it holds.
 
     ``longest``: updates of the longest stretch between two kept states. ``state``: bytes of a
-    state; ``transition``: of a recomputed update, with its gradients and its batch.
+    state; ``waiting``: of a recomputed update, held as asked, and ``beside``, where the model is.
     """
 
     lengths: Mapping[str, int]
     history: History
     longest: int
     state: int
-    transition: int
+    waiting: Waiting
+    beside: Waiting
 
     @property
     def stages(self) -> list[Stage]:
@@ -111,22 +117,27 @@ def jobs_of(
     swept_here = run.num_steps - run.kept_before(run.num_steps - 1)
     executing = paces.executed(lengths)
     mean = executing / count
+    further = max(0, shape.longest - swept_here)
     held = {
-        "attribute": max(0, shape.longest - swept_here) * shape.transition,
-        "screen": max(0, shape.longest - swept_here) * shape.transition,
-        "embed": max(0, len(stages) - 2) * shape.state,
+        "attribute": shape.waiting.times(further),
+        "screen": shape.beside.times(further),
+        "embed": Waiting(max(0, len(stages) - 2) * shape.state),
     }
+    shared = {"replay", "attribute", "embed"} if asked.processes > 1 else set[str]()
     on_device = next(iter(run.manifest.environment.get("device", "cpu").split(", "))) != "cpu"
 
     def job(name: str, seconds: float, *, at_most: bool = False, of: str = "") -> Job:
-        at, more = found.peaks[of or name], held.get(of or name, 0)
-        memory = at.process + (0 if on_device else more)
+        at, more = found.peaks[of or name], held.get(of or name, Waiting(0))
+        memory = at.process + more.machine + (0 if on_device else more.beside)
+        count = asked.processes if name in shared else 1
         return Job(
             seconds=seconds,
             memory=memory,
-            more=max(0, memory - before),
-            device_memory=at.device + (more if on_device else 0),
+            more=max(0, memory - before) + (count - 1) * memory,
+            device_memory=at.device + (more.beside if on_device else 0),
+            disk=count * shape.longest * shape.waiting.disk if name == "attribute" else 0,
             at_most=at_most,
+            processes=count,
         )
 
     jobs["replay"] = job("replay", paces.start + executing)
@@ -175,7 +186,7 @@ def _auditing(
         + spent * jobs["replay"].seconds
         + made * found.sweeps["audit"].start,
         memory=max(judged.process, *(p.memory for p in parts)),
-        more=max(p.more for p in parts),
+        more=max(p.more - (p.processes - 1) * p.memory for p in parts),
         device_memory=max(judged.device, *(p.device_memory for p in parts)),
         at_most=not all_of_them,
     )

@@ -25,9 +25,11 @@ from culpa.auditing.forecasting.job import Job, Jobs
 from culpa.auditing.forecasting.pace import Sweep
 from culpa.auditing.forecasting.plan import ENOUGH, FEW, LEAST, Plan, history, rehearse
 from culpa.auditing.forecasting.resources import give_back, peak, resident
+from culpa.auditing.forecasting.waiting import waiting
 from culpa.auditing.prices import History
 from culpa.auditing.tasks import Bench
 from culpa.problem import Problem
+from culpa.trajectory.hold import Hold
 from culpa.trajectory.run import Run, open_run
 from culpa.trajectory.schema import state_name
 
@@ -37,7 +39,8 @@ def of_run(run: Run, problem: Problem, asked: Asked) -> Jobs:
     before = _settled()
     found = _measured(run, problem, asked)
     lengths = {s.name: len(s) for s in run.stages} or {"": run.num_steps}
-    return jobs_of(found, _shape(run, lengths, run, run.kept_states), run, asked, before, {})
+    shape = _shape(run, lengths, run, run.kept_states, asked.hold)
+    return jobs_of(found, shape, run, asked, before, {})
 
 
 def of_plan(plan: Plan, asked: Asked) -> Jobs:
@@ -54,7 +57,7 @@ def of_plan(plan: Plan, asked: Asked) -> Jobs:
         found = _measured(short, plan.problem, asked)
         state = short.source.files()[state_name(short.num_steps)]
         planned, written = history(plan, state)
-        shape = _shape(short, plan.lengths, planned, planned.kept_states)
+        shape = _shape(short, plan.lengths, planned, planned.kept_states, asked.hold)
         record = Job(
             seconds=recording(plan, few, enough, len(short.kept_states), written),
             memory=of_record.process,
@@ -76,7 +79,7 @@ def _measured(run: Run, problem: Problem, asked: Asked) -> Measured:
         found = Measured(pace.paces(run, problem, clock, allow_drift=drift))
     found.peaks["replay"] = replayed
 
-    def attributing(examples: bool) -> Sweep:
+    def attributing(examples: bool, hold: Hold | None = None) -> Sweep:
         return pace.attributing(
             run,
             problem,
@@ -85,6 +88,7 @@ def _measured(run: Run, problem: Problem, asked: Asked) -> Measured:
             clock,
             propagator=propagator,
             examples=examples,
+            hold=hold,
             allow_drift=drift,
         )
 
@@ -95,9 +99,10 @@ def _measured(run: Run, problem: Problem, asked: Asked) -> Measured:
         ),
     )
     if asked.behaviours:
-        found.sweep("attribute", lambda: attributing(False))
-        if problem.example_losses is not None:
-            found.sweep("screen", lambda: attributing(True))
+        found.sweep("attribute", lambda: attributing(False, asked.hold))
+        by_example = problem.example_losses is not None
+        if by_example or asked.hold is not None:  # an audit lets nothing wait elsewhere
+            found.sweep("screen", lambda: attributing(by_example))
         bench = Bench(
             run,
             problem,
@@ -110,12 +115,14 @@ def _measured(run: Run, problem: Problem, asked: Asked) -> Measured:
     return found
 
 
-def _shape(run: Run, lengths: Mapping[str, int], of: History, kept: Sequence[int]) -> Shape:
+def _shape(
+    run: Run, lengths: Mapping[str, int], of: History, kept: Sequence[int], hold: Hold | None
+) -> Shape:
     """Sizes are those of ``run``, the measured one; the rest is of the one that is forecast."""
     last = run.state(run.num_steps)
     state = sum(t.nbytes for t in last.flat().values())
-    grads = sum(t.nbytes for t in last.params.values())
     rows = len(run.example_ids(run.num_steps - 1))
     batch = run.bytes_by_part()["examples"] // max(1, run.num_examples) * rows
     longest = max(b - a for a, b in pairwise(kept)) if len(kept) > 1 else of.num_steps
-    return Shape(lengths, of, longest, state, state + grads + batch)
+    held = waiting(hold, last, batch), waiting(None, last, batch)
+    return Shape(lengths, of, longest, state, *held)

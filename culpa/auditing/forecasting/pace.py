@@ -16,6 +16,7 @@ from culpa.estimators.embed import embed
 from culpa.estimators.probes import PROBES
 from culpa.problem import Problem
 from culpa.progress import Progress
+from culpa.trajectory.hold import Hold
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import Stage
 from culpa.trajectory.walk import forward, session
@@ -104,6 +105,7 @@ def attributing(
     *,
     propagator: Propagator | None,
     examples: bool,
+    hold: Hold | None,
     allow_drift: bool,
 ) -> Sweep:
     """Time ``culpa.attribute`` from the last update on; its first segment is executed whole."""
@@ -116,6 +118,7 @@ def attributing(
             behaviours,
             propagator=propagator,
             examples=examples,
+            hold=hold,
             allow_drift=allow_drift,
             progress=progress,
         )

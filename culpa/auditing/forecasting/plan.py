@@ -38,7 +38,7 @@ class Plan:
         examples: how many distinct training examples there are, which are stored once each. Not
             given: as if every update saw new ones.
         accumulate: batches that make one update.
-        clip_grad_norm, checkpoints: as for ``culpa.record``.
+        clip_grad_norm, checkpoints, frozen: as for ``culpa.record``.
     """
 
     problem: Problem
@@ -49,6 +49,7 @@ class Plan:
     accumulate: int = 1
     clip_grad_norm: float | None = None
     checkpoints: CheckpointPolicy | None = None
+    frozen: str = "stored"
 
     def __post_init__(self) -> None:
         """Refuse a plan of nothing."""
@@ -149,6 +150,7 @@ def rehearse(plan: Plan, folder: Path, length: int, clock: Clock) -> Rehearsal:
             plan.optimizer,
             clip_grad_norm=plan.clip_grad_norm,
             checkpoints=policy,
+            frozen=plan.frozen,
         ) as recorder:
             opening, last, seen = clock() - began, clock(), 0
             for name, count in zip(names, lengths, strict=True):
