@@ -5,6 +5,7 @@
 #   PYTEST_FLAGS=...     more options for pytest:  make unit PYTEST_FLAGS="-k store -x"
 #   DEMO_FLAGS=...       options of `culpa demo`
 #   REPRODUCE_FLAGS=...  options of `culpa reproduce`, such as --data FOLDER
+#   BENCH_FLAGS=...      options of benchmarks/gpu.py, such as --dtype bfloat16
 
 SHELL := bash
 PYTHON ?= python3
@@ -12,6 +13,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 REPRODUCE_FLAGS ?=
+BENCH_FLAGS ?=
 WORKERS ?= 2
 
 DEV := .venv
@@ -26,7 +28,7 @@ export MKL_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs bench bench-peers reproduce lint types contracts unit slow clean python-version
+.PHONY: help demo test docs bench bench-gpu bench-peers reproduce lint types contracts unit slow clean python-version
 
 help:  ## what there is to make (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -61,12 +63,14 @@ docs: $(DEV)/.installed  ## the documentation: docs/_build/html/index.html
 # One process after the other, one thread each: ratios hold on a busy machine, but less well.
 bench: $(DEV)/.installed  ## what everything costs, in trainings (an hour): benchmarks/results
 	@echo "About an hour on a quiet machine: recording 15 minutes, attribute 10, ten stages 10, replay 5,"
-	@echo "growth 20. Results are written as they come: benchmarks/results, docs/results/figures."
+	@echo "growth 10, fan-out 4, waiting updates 2. Results are written as they come: benchmarks/results, docs/results/figures."
 	$(DEV)/bin/python benchmarks/recording.py
 	$(DEV)/bin/python benchmarks/attribute_costs.py
 	$(DEV)/bin/python benchmarks/ten_stages.py
 	$(DEV)/bin/python benchmarks/replay.py
 	$(DEV)/bin/python benchmarks/growth.py
+	$(DEV)/bin/python benchmarks/fanout.py
+	$(DEV)/bin/python benchmarks/held.py --out benchmarks/results/held.json
 	$(DEV)/bin/python benchmarks/guard.py --write
 	$(DEV)/bin/python benchmarks/performance.py
 
@@ -75,6 +79,9 @@ bench-peers: $(PEERS)/.installed  ## culpa beside bergson and dattri, in one run
 	$(PEERS)/bin/python benchmarks/peers_bergson.py
 	$(PEERS)/bin/python benchmarks/peers_dattri.py
 	$(PEERS)/bin/python benchmarks/performance.py
+
+bench-gpu: $(DEV)/.installed  ## adapters on 400 million parameters; a GPU, torch built for it
+	$(DEV)/bin/python benchmarks/gpu.py --out benchmarks/results/gpu.json $(BENCH_FLAGS)
 
 reproduce: $(DEV)/.installed  ## the paper's experiments at small scale, resumable: docs/results
 	$(DEV)/bin/culpa reproduce all --out docs/results --drop-runs $(REPRODUCE_FLAGS)

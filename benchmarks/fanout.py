@@ -1,12 +1,13 @@
 """Replays of an audit side by side: wall time by the number of worker processes.
 
-    python benchmarks/fanout.py [--updates 96] [--repeats 3] [--out benchmarks/results/fanout.json]
+    python benchmarks/fanout.py [--updates 32] [--repeats 2] [--out benchmarks/results/fanout.json]
 
 A ResNet-20 on noise in eight stages is recorded, and history is replayed without each of the
 first four: the tasks an audit hands to its executor. Once in this process, then by
 ``culpa.Processes`` with one worker and with two, one thread each; the workers' start-up (torch, the
 model, opening the run) is told apart by running all tasks again with the same, warm workers. Wall
-time, so it means something on a machine without other work only.
+time, so it means something on a machine without other work only: there it takes three to four
+minutes.
 """
 
 from __future__ import annotations
@@ -97,10 +98,13 @@ def measured(run: culpa.Run) -> dict[str, float]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--updates", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--updates", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fanout.json"))
     given = parser.parse_args()
+    if given.updates < STAGES:
+        parser.error(f"--updates is at least one for each of {STAGES} stages; got {given.updates}")
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="culpa-bench-") as folder:
         run = record(Path(folder, "run"), given.updates)
         rounds = [measured(run) for _ in range(given.repeats)]
@@ -108,6 +112,8 @@ def main() -> None:
         "what": f"{JUDGED} replays of a ResNet-20, wall time relative to one process",
         "culpa": culpa.__version__,
         "machine": {**environment.capture(()), "cores": str(os.cpu_count())},
+        "load before": round(load, 2),
+        "repeats": given.repeats,
         "updates": given.updates,
         "seconds_here": statistics.median(r["here"] for r in rounds),
         "ratios": {
@@ -117,8 +123,7 @@ def main() -> None:
         },
     }
     print(json.dumps(found, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

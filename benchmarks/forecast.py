@@ -12,6 +12,9 @@ more: of the training as a plan, from its first eight batches, and of the record
     demo      ``culpa demo``
     cifar     examples/cifar_resnet.py with 10 updates a stage
     llama     examples/llama_toxicity.py (transformers' Trainer) with 12 updates a stage
+    1e5, 1e6, 1e7  adapters on a frozen decoder of so many parameters (parameters.py), recorded with
+              ``frozen="reference"``, 40 updates in two stages; also attributed with the options of
+              ``hold=``
 """
 
 from __future__ import annotations
@@ -27,17 +30,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import parameters
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import culpa
 
-CASES = ("mlp", "wide", "demo", "cifar", "llama")
+CASES = ("mlp", "wide", "demo", "cifar", "llama", "1e5", "1e6", "1e7")
 JOBS = ("record", "replay", "attribute", "embed", "audit")
+HOLDS: dict[str, Any] = {
+    "attribute, on disk": culpa.OnDisk(),
+    "attribute, bfloat16": culpa.InMemory(dtype=torch.bfloat16),
+}
+"""Measured where the base is large and frozen."""
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -138,12 +148,38 @@ def llama(updates: int = 12) -> Case:
     return Case(lambda folder: made.recorded(updates, folder.parent), problem, [made.gap()], None)
 
 
+def adapters(size: float) -> Case:
+    """Low-rank maps beside a frozen decoder."""
+    torch.manual_seed(0)
+    model = parameters.Decoder(*parameters.SHAPES[size])
+    problem = culpa.Problem(model, parameters.loss)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    data = [batch for seed in range(11) for batch in parameters.batches(seed)]
+    stages = {"one": 20, "two": 20}
+    kept = {"checkpoints": culpa.AtStages(), "frozen": "reference"}
+
+    def train(folder: Path) -> None:
+        left = iter(data)
+        with culpa.record(folder, problem, optimizer, **kept) as recorder:
+            for name, count in stages.items():
+                with recorder.stage(name):
+                    for batch in recorder.batches(itertools.islice(left, count)):
+                        optimizer.zero_grad()
+                        problem.loss(model, batch).backward()
+                        optimizer.step()
+
+    asked = [culpa.Behaviour("test", parameters.log_likelihoods, data[-1])]
+    plan = culpa.Plan(problem, optimizer, data[:8], stages, **kept)
+    return Case(train, problem, asked, plan)
+
+
 MADE: dict[str, Callable[[], Case]] = {
     "mlp": lambda: random_digits([784, 128, 128, 10], "adamw", 100),
     "wide": lambda: random_digits([1024, 2048, 2048, 10], "sgd", 40),
     "demo": demo,
     "cifar": cifar,
     "llama": llama,
+    **{f"1e{n}": partial(adapters, 10.0**n) for n in (5, 6, 7)},
 }
 
 
@@ -155,11 +191,13 @@ def child(name: str, job: str, folder: Path) -> dict[str, Any]:
     began = time.process_time()
     if job == "plan" and case.plan is None:
         return {"jobs": {}, "refused": {}, "took": 0.0}
-    if job in ("plan", "run"):
+    hold = HOLDS.get(job.replace("run", "attribute"))
+    if job == "plan" or job.startswith("run"):
+        ways: Any = {"clock": time.process_time, "hold": hold}
         told = (
-            culpa.forecast(case.plan, behaviours=case.behaviours, clock=time.process_time)
+            culpa.forecast(case.plan, behaviours=case.behaviours, **ways)
             if run is None and case.plan is not None
-            else culpa.forecast(run, case.problem, case.behaviours, clock=time.process_time)
+            else culpa.forecast(run, case.problem, case.behaviours, **ways)
         )
         jobs = {
             n: {"seconds": j.seconds, "peak": j.memory, "disk": j.disk}
@@ -169,11 +207,11 @@ def child(name: str, job: str, folder: Path) -> dict[str, Any]:
     work: dict[str, Callable[[], object]] = {
         "record": lambda: case.train(path),
         "replay": lambda: culpa.replay(run, case.problem),  # pyright: ignore[reportArgumentType]
-        "attribute": lambda: culpa.attribute(run, case.problem, case.behaviours),  # pyright: ignore[reportArgumentType]
+        "attribute": lambda: culpa.attribute(run, case.problem, case.behaviours, hold=hold),  # pyright: ignore[reportArgumentType]
         "embed": lambda: culpa.embed(run, case.problem),  # pyright: ignore[reportArgumentType]
         "audit": lambda: culpa.audit(run, case.problem, case.behaviours),  # pyright: ignore[reportArgumentType]
     }
-    work[job]()
+    work[job.partition(",")[0]]()
     seconds = time.process_time() - began
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     disk = culpa.open_run(path).bytes_on_disk if job == "record" else 0
@@ -203,10 +241,12 @@ def study(name: str) -> Iterator[str]:
             f"| {name} | the forecasts took | {plan['took']:.1f} and {told['took']:.1f}"
             " | | | | | | |"
         )
-        for job in JOBS:
+        for job in (*JOBS, *(HOLDS if name.startswith(("1e", "wide")) else ())):
+            told = apart(name, job.replace("attribute", "run"), folder) if job in HOLDS else told
             true = record if job == "record" else apart(name, job, folder)
             cells = [name, job, f"{true['seconds']:.2f}", f"{true['peak'] / 1e6:.0f}"]
-            for forecast in (plan["jobs"].get(job), told["jobs"].get(job)):
+            early = plan["jobs"].get(job)
+            for forecast in (early, told["jobs"].get(job.partition(",")[0])):
                 cells += (
                     ["-", "-"]
                     if forecast is None

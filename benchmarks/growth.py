@@ -7,10 +7,11 @@ one middle (100 or 30 updates, four stages, 26,000 parameters, batches of 40, on
 quantity runs over two decades or more. Each point: the processor seconds of recording, of
 ``replay`` without the first update, of ``attribute`` for every behaviour, and of ``embed`` of every
 stage by ``Secant(0.25)``, each over those of the plain loop of the same round, in turn in one
-process with one thread; medians of ``--repeats`` rounds after one to warm up.
+process with one thread; medians of ``--repeats`` rounds, of which those of a case that takes longer
+than ``LONG`` seconds have one less for every ``LONG``. Some ten minutes in all.
 
 Along the updates also ``embed`` by ``Krylov()`` from the checkpoints between the four stages alone,
-whose work does not depend on how many updates there were.
+whose work does not depend on how many updates there were: once, since it takes ten seconds.
 
 Memory: by how many bytes each raises resident memory while the number of updates grows, each in a
 process of its own, with 280,000 parameters (a state of 2.2 MB) and batches of 10. Linux only.
@@ -35,8 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
-from growth_figure import exponents, picture
+from growth_figure import exponents, mark, picture
 from spent import peak, seconds
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -110,6 +110,8 @@ TITLES = {axis: title for axis, (title, _) in AXES.items()}
 PARTS = ("record", "replay", "attribute", "embed")
 FROM_CHECKPOINTS = "embed, Krylov"
 """From the checkpoints between stages alone: measured along the updates."""
+LONG = 20.0
+"""Seconds; see the module."""
 ROOMS = [Case(updates=k, width=490, batch=10) for k in (10, 30, 100, 300, 1000)]
 """The cases whose memory is measured."""
 
@@ -185,29 +187,35 @@ def jobs(case: Case, run: culpa.Run, problem: culpa.Problem) -> dict[str, Callab
     }
 
 
-def once(case: Case, folder: Path) -> dict[str, float]:
+def once(case: Case, folder: Path, krylov: bool = False) -> dict[str, float]:
     """Processor seconds of every part, in turn."""
     batches = case.data()
     took, held = seconds(lambda: plain(case, batches))
     spent = {"plain": took}
     spent["record"], made = seconds(lambda: record(case, batches, folder))
     asked = jobs(case, *made)
-    if case in AXES["updates"][1]:
+    if krylov:
         asked[FROM_CHECKPOINTS] = from_checkpoints(case, batches, held)
     return spent | {name: seconds(job)[0] for name, job in asked.items()}
 
 
-def examine(case: Case, repeats: int) -> dict[str, Any]:
+def examine(case: Case, repeats: int, krylov: bool) -> dict[str, Any]:
     """Medians over rounds: seconds, and ratios to the plain loop of the same round."""
     rounds: list[dict[str, float]] = []
-    for _ in range(repeats + 1):
+    spent = 0.0
+    while len(rounds) < max(1, repeats - int(spent / LONG)):
         with tempfile.TemporaryDirectory() as folder:
-            rounds.append(once(case, Path(folder, "run")))
-    kept = rounds[1:]
-    middle = {n: statistics.median(r[n] for r in kept) for n in rounds[0]}
-    ratios = {n: statistics.median(r[n] / r["plain"] for r in kept) for n in middle if n != "plain"}
+            rounds.append(once(case, Path(folder, "run"), krylov and not rounds))
+        spent += sum(rounds[-1].values())
+    middle = {n: statistics.median(r[n] for r in rounds if n in r) for n in rounds[0]}
+    ratios = {
+        n: statistics.median(r[n] / r["plain"] for r in rounds if n in r)
+        for n in middle
+        if n != "plain"
+    }
     return {
         **asdict(case),
+        "rounds": len(rounds),
         "parameters": case.parameters,
         "seconds": {n: round(s, 5) for n, s in middle.items()},
         "times plain training": {n: round(r, 3) for n, r in ratios.items()},
@@ -240,7 +248,7 @@ def main() -> None:
     """Measure, write JSON, draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
+    parser.add_argument("--axes", nargs="*", choices=list(AXES), default=list(AXES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/growth.json"))
     parser.add_argument("--figure", type=Path, default=Path("docs/results/figures/growth.svg"))
     parser.add_argument("--draw", action="store_true", help="draw again what stands in --out")
@@ -257,11 +265,6 @@ def main() -> None:
     given.figure.write_text(f"{drawn}\n{mark(given.out)}\n", encoding="utf-8")
 
 
-def mark(results: Path) -> str:
-    """What the figure says of the file it was drawn from; fonts differ between machines."""
-    return f"<!-- of {results.name}, BLAKE3 {blake3(results.read_bytes()).hexdigest()} -->"
-
-
 def measure(axes: Sequence[str], repeats: int, out: Path) -> None:
     """Everything, written as it comes."""
     results: dict[str, Any] = {
@@ -276,10 +279,13 @@ def measure(axes: Sequence[str], repeats: int, out: Path) -> None:
     def kept() -> None:
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
+    for _ in range(2):  # what torch loads and tunes at its first use
+        with tempfile.TemporaryDirectory() as folder:
+            once(SHORT, Path(folder, "run"))
     for axis in axes:
         rows = results["growth"].setdefault(axis, [])
         for case in AXES[axis][1]:
-            rows.append(examine(case, repeats))
+            rows.append(examine(case, repeats, axis == "updates"))
             kept()
             print(axis, rows[-1][axis], rows[-1]["times plain training"], flush=True)
     for case in ROOMS:

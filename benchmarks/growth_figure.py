@@ -6,9 +6,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import vl_convert
+from blake3 import blake3
 
 from culpa.experiments.frame.charts import INK, chart, lines
 
@@ -65,6 +67,11 @@ def picture(results: Mapping[str, Any], titles: Mapping[str, str], parts: Sequen
     spec = chart(concat=panels, columns=3, spacing=28)
     spec["config"]["axis"] |= {"labelOverlap": True}
     return str(vl_convert.vegalite_to_svg(json.dumps(spec)))
+
+
+def mark(results: Path) -> str:
+    """What the figure says of the file it was drawn from; fonts differ between machines."""
+    return f"<!-- of {results.name}, BLAKE3 {blake3(results.read_bytes()).hexdigest()} -->"
 
 
 def _panel(

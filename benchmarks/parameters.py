@@ -29,6 +29,7 @@ from culpa.trajectory import environment
 
 BATCH, TOKENS, UPDATES, RANK, WORDS = 2, 64, 8, 8, 256
 HEAD = 16
+"""Width of an attention head."""
 PHASES = ("plain", "record", "replay", "attribute", "attribute, on disk")
 SHAPES = {1e5: (64, 2), 1e6: (160, 3), 1e7: (384, 6), 1e8: (768, 14), 3e8: (1024, 24)}
 """Width and depth."""
@@ -52,9 +53,9 @@ class Adapted(nn.Module):
 class Block(nn.Module):
     """Causal attention, then a gated feed-forward, each behind a norm and a residual."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, head: int) -> None:
         super().__init__()
-        self.heads = width // HEAD
+        self.heads = width // head
         self.before, self.after = nn.RMSNorm(width), nn.RMSNorm(width)
         self.query, self.value = Adapted(width), Adapted(width)
         self.key = nn.Linear(width, width, bias=False)
@@ -66,7 +67,7 @@ class Block(nn.Module):
         """``[batch, tokens, width]`` to the same."""
         y = self.before(x)
         q, k, v = (
-            part(y).unflatten(-1, (self.heads, HEAD)).transpose(1, 2)
+            part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (self.query, self.key, self.value)
         )
         seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -78,10 +79,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens ``[batch, tokens]`` to the logits of the next ones."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, width: int, depth: int, head: int = HEAD) -> None:
         super().__init__()
         self.words = nn.Embedding(WORDS, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, head) for _ in range(depth)))
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, WORDS, bias=False)
         for name, p in self.named_parameters():
             p.requires_grad_(".query.up." in name or ".query.down." in name

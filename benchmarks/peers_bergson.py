@@ -48,8 +48,8 @@ UPDATES, BATCH, LENGTH = 100, 8, 64
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}
 RATE = 3e-4
 SWEEPS = {
-    "auto": culpa.Exact(),
     "exact": culpa.Exact(hvp="reverse-over-reverse"),
+    "differences": culpa.Exact(hvp="checked-difference"),
 }
 
 
@@ -218,14 +218,14 @@ def alone(part: str) -> None:
         folder = Path(name)
         if part == "training":
             plain(training[:BATCH])
-            work: Callable[[], Any] = lambda: plain(training)  # noqa: E731
+            work: Callable[[], Any] = partial(plain, training)
         elif part == "bergson":
             theirs = Theirs(training, asked)
             theirs.train(folder)
-            work = lambda: theirs.sweep(folder)  # noqa: E731
+            work = partial(theirs.sweep, folder)
         else:
             made = record(training, folder)
-            work = lambda: sweep(*made, asked, SWEEPS[part])  # noqa: E731
+            work = partial(sweep, *made, asked, SWEEPS[part])
         sys.stdout.write(f"{peak(work)}\n")
 
 
@@ -255,7 +255,10 @@ def main() -> None:
         rounds.append(spent)
         print({k: round(v / spent["plain"], 2) for k, v in spent.items()}, flush=True)
     names = [name for name in rounds[0] if name != "plain"]
-    middle = lambda a, b: round(statistics.median(r[a] / r[b] for r in rounds[1:]), 3)  # noqa: E731
+
+    def middle(a: str, b: str) -> float:
+        return round(statistics.median(r[a] / r[b] for r in rounds[1:]), 3)
+
     result = {
         "what": f"{UPDATES} updates of GPT-2, AdamW: sweeps over plain training, processor time",
         "machine": machine(),

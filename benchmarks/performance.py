@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     ROOT / "docs" / "performance.md": ("peers", "growth", "guard"),
-    ROOT / "docs" / "scaling.md": ("parameters",),
+    ROOT / "docs" / "scaling.md": ("held", "parameters", "fanout"),
+    ROOT / "docs" / "results" / "attribute_costs.md": ("attribute",),
 }
 Results = Mapping[str, Any]
+GAPS = ("steps", "stages", "examples")
+"""Of scores."""
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -37,7 +40,7 @@ def peers(bergson: Results, dattri: Results) -> str:
     rows: list[Sequence[object]] = [
         ["GPT-2, AdamW", theirs, ratios["bergson sweep"], f"{peaks['bergson']:.0f} MB", ""]
     ]
-    for name, said in (("auto", "`Exact()`"), ("exact", '`Exact("reverse-over-reverse")`')):
+    for name, said in (("exact", "`Exact()`"), ("differences", '`Exact("checked-difference")`')):
         of = bergson["of bergson's sweep"][name]
         gap = f"equal to bergson's but for {agreed[name]['largest gap']:.0e} of the largest"
         rows.append(
@@ -56,6 +59,29 @@ def peers(bergson: Results, dattri: Results) -> str:
         rows.append(["digits, SGD" * (at == 0), name, times[name], "", said])
     columns = ["task", "method", "times plain training", "peak memory", "agreement"]
     return f"{table(columns, rows)}{_note(bergson)}{_note(dattri)}"
+
+
+def attribute(results: Sequence[Results]) -> str:
+    """What a sweep costs, by run and record; each further behaviour is a third of three more."""
+    rows: list[list[str]] = []
+    for result in results:
+        ratios, peak = result["ratios"], result["peak MB"]
+        cells = [f"{ratios['replay']:.2f}"]
+        for way in ("exact", "differences"):
+            one, four = ratios.get(f"{way}, 1"), ratios.get(f"{way}, 4")
+            if one is None:
+                cells += ["", "", ""]
+                continue
+            low, high = result["ranges"][f"{way}, 1"]
+            by_example = ratios[f"{way}, 1 and examples"]
+            cells += [f"{one:.2f} ({low:.2f}-{high:.2f})", f"{(four - one) / 3:.2f}"]
+            cells.append(f"{by_example:.2f}")
+        cells.append(f"{peak['exact'] / peak['training']:.2f}")
+        rows.append([f"{result['case']}, {result['updates']} updates", result["record"], *cells])
+    columns = ["run", "record", "replay alone"]
+    for way in ("exact", "checked differences"):
+        columns += [way, "each further", "with examples"]
+    return table([*columns, "peak memory, of training's"], rows)
 
 
 def growth(results: Results) -> str:
@@ -117,6 +143,35 @@ def parameters(results: Results) -> str:
     return table([*columns, *memory], rows)
 
 
+def held(results: Results) -> str:
+    """Half precision of what waits: what scores lose, and what bytes are saved."""
+    rows: list[list[str]] = []
+    for case in results["scores"]:
+        for name, said in (("bfloat16", case["case"]), ("states rounded", "")):
+            found = case.get(name)
+            gaps = [f"{found[w]:.0e}" if found else "refused" for w in GAPS]
+            way = "`dtype=torch.bfloat16`" if name == "bfloat16" else "states rounded themselves"
+            rows.append([said, way, *gaps])
+    spaces = [
+        [where, f"{of['memory'] / 1e6:.0f} MB", f"{of['disk'] / 1e6:.0f} MB" if of["disk"] else ""]
+        for where, of in results["bytes"].items()
+    ]
+    scores = table(["run", "what waits", *GAPS], rows)
+    return f"{scores}\n\n{table(['waiting', 'memory', 'disk'], spaces)}{_note(results)}"
+
+
+def fanout(results: Results) -> str:
+    """Wall time of the same replays."""
+    rows = [["this process", "1"]]
+    for name, ratio in results["ratios"].items():
+        count, _, how = name.partition(" ")
+        workers = f"{count} worker{'s' * (count != '1')}"
+        said = "with their start" if how == "cold" else "already running"
+        rows.append([f"{workers}, {said}", f"{ratio:.2f}"])
+    head = [f"{results['what']}, {results['updates']} updates", "times"]
+    return f"{table(head, rows)}{_note(results)}"
+
+
 def rendered(page: Path) -> str:
     """The page with every table made from the results."""
     text = page.read_text(encoding="utf-8")
@@ -126,9 +181,12 @@ def rendered(page: Path) -> str:
 
     tables = {
         "peers": lambda: peers(load("peers_bergson"), load("peers_dattri")),
+        "attribute": lambda: attribute(load("attribute_costs")),
         "growth": lambda: growth(load("growth")),
         "guard": lambda: guard(load("guard")),
+        "held": lambda: held(load("held")),
         "parameters": lambda: parameters(load("parameters")),
+        "fanout": lambda: fanout(load("fanout")),
     }
     for name in PAGES[page]:
         made = tables[name]()

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import Residual, mlp, sgd
 from torch import Tensor, nn
+from training_loops import Residual, mlp, sgd
 
 import culpa
 from culpa.estimators.side_by_side import replay_many

@@ -103,6 +103,14 @@ def test_the_tables_of_the_pages_are_those_of_the_committed_numbers(
         assert performance.rendered(page) == text, "python benchmarks/performance.py"
 
 
+def test_the_benchmark_of_a_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = script("gpu", monkeypatch)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match=r"no CUDA device here.*--device cpu"):
+        gpu.main()
+
+
 def test_make_bench_runs_scripts_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = re.findall(r"benchmarks/[\w/]+\.(?:py|sh)", makefile)
