@@ -27,7 +27,8 @@ class Problem:
     Args:
         model: the module that is trained. culpa borrows it for replays and products and leaves it
             as it found it. Of a ``DistributedDataParallel`` the module inside is meant, and
-            ``culpa.record`` sees how its gradients are reduced (docs/distributed.md).
+            ``culpa.record`` sees how its gradients are reduced (docs/distributed.md). One that
+            ``fully_shard`` was applied to can be recorded; all else takes the module as it was.
         loss: ``loss(model, batch) -> scalar tensor``, exactly what the loop calls ``.backward()``
             on for one micro-batch. It must use the ``model`` it is given.
         example_losses: optional ``example_losses(model, batch) -> [B]`` whose mean is ``loss``;

@@ -29,6 +29,7 @@ COLUMNS = {
 
 TRAINER = "tests/integrations/test_transformers.py"
 LIGHTNING = "tests/integrations/test_lightning.py"
+SEVERAL = "tests/distributed/test_integrations.py"
 INTEGRATIONS = (
     ("`transformers.Trainer`: accumulation, clipping, scheduler, `num_items_in_batch`",
      f"{TRAINER}::test_without_an_update_against_a_loop_by_hand"),
@@ -42,6 +43,8 @@ INTEGRATIONS = (
      f"{TRAINER}::test_a_trainer_that_resumes_is_recorded_from_its_checkpoint_on"),
     ("`transformers.Trainer`: several in sequence, stages of one run",
      f"{TRAINER}::test_stages_of_trainers_in_sequence_are_attributed"),
+    ("`transformers.Trainer` on several processes (`torchrun`, DistributedDataParallel)",
+     f"{SEVERAL}::test_a_trainer_of_transformers"),
     ("TRL: `SFTTrainer`, `DPOTrainer` (run where TRL is installed)",
      "tests/integrations/test_trl.py::test_a_trainer_of_trl"),
     ("Lightning: epochs, validation, accumulation, clipping, schedulers by step or epoch",
@@ -50,9 +53,13 @@ INTEGRATIONS = (
      f"{LIGHTNING}::test_scores_and_effects_against_a_loop_by_hand"),
     ("Lightning: `trainer.fit` once a stage",
      f"{LIGHTNING}::test_two_fits_append_stages_to_one_run"),
+    ("Lightning on several processes (`strategy=\"ddp\"`)",
+     f"{SEVERAL}::test_a_trainer_of_lightning"),
     ("Accelerate: `prepare`, accumulation, clipping, bf16",
      "tests/integrations/test_accelerate.py"
      "::test_the_recipe_changes_nothing_and_every_update_replays"),
+    ("Accelerate on several processes",
+     f"{SEVERAL}::test_the_recipe_for_accelerate"),
 )  # fmt: skip
 
 MODELS = "tests/loops/test_models.py::test_a_model"

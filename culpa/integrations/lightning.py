@@ -5,9 +5,9 @@
     trainer = lightning.Trainer(callbacks=[RecorderCallback("runs/head", stage="civil")], ...)
     trainer.fit(module, loader)
 
-Automatic optimization with one optimizer, on one device: what Lightning does between
-``training_step`` and ``optimizer.step`` is known then. A batch of the record is a dictionary of
-the loader's batch, its index, and how many batches an update is made of.
+Automatic optimization with one optimizer, on one device or on several with ``strategy="ddp"``: what
+Lightning does between ``training_step`` and ``optimizer.step`` is known then. A batch of the record
+is a dictionary of the loader's batch, its index, and how many batches an update is made of.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from culpa.errors import OptionError, ProblemError, RecordError, UnsupportedError
 from culpa.integrations.attributes import replaced
@@ -43,7 +44,15 @@ def problem_of(module: LightningModule, *, example_losses: Loss | None = None) -
             f"{type(module).__name__} optimizes manually; record such a loop with culpa.record and"
             " recorder.step inside of training_step."
         )
-    return Problem(module, _loss, example_losses)
+    # On several processes culpa.record needs what reduces their gradients; others take the module.
+    return Problem(_wrapper_of(module), _loss, example_losses)
+
+
+def _wrapper_of(module: LightningModule) -> nn.Module:
+    """The ``DistributedDataParallel`` around a module that is being fitted, or the module."""
+    fitting: Any = module._trainer  # pyright: ignore[reportPrivateUsage]
+    wrapped: Any = None if fitting is None else fitting.strategy.model
+    return wrapped if isinstance(wrapped, DistributedDataParallel) else module
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
@@ -80,7 +89,7 @@ class RecorderCallback(Callback):
     """Records each ``trainer.fit`` as one stage.
 
     Args:
-        path: the run folder.
+        path: the run folder; on several processes rank 0 writes it.
         stage: the name of the stage.
         options: of ``culpa.record``. Gradient clipping and the scheduler are the trainer's.
 
@@ -169,9 +178,11 @@ def _clipping(trainer: Trainer) -> dict[str, Any]:
 
 
 def _require_modelled(trainer: Trainer) -> None:
-    if trainer.world_size > 1:
+    strategy = trainer.strategy
+    if trainer.world_size > 1 and not isinstance(strategy.model, DistributedDataParallel):
         raise UnsupportedError(
-            f"the trainer runs on {trainer.world_size} processes; RecorderCallback records one."
+            f"the trainer runs {trainer.world_size} processes with {type(strategy).__name__};"
+            " RecorderCallback records several with Trainer(strategy='ddp') only."
         )
     if len(trainer.optimizers) != 1:
         raise UnsupportedError(

@@ -93,8 +93,10 @@ def from_trainer_output(
     beside the run at each checkpoint.
     """
     from culpa.integrations.trainer_again import Again, Plan
+    from culpa.integrations.trainer_ranks import require_one_process
     from culpa.integrations.transformers import record_trainer
 
+    require_one_process(trainer, "checkpoints are compared with a training")
     folder = Path(folder)
     saved = checkpoints_of(folder)
     end = saved[-1].step if stop is None else stop

@@ -24,12 +24,15 @@ from transformers import Trainer, TrainerCallback
 
 from culpa.errors import OptionError, ProblemError, RecordError, UnsupportedError
 from culpa.integrations.attributes import replaced
+from culpa.integrations.trainer_ranks import as_one_of, require_data_parallel, wrapper_of
 from culpa.problem import Loss, Problem
 from culpa.trajectory.record import record
 from culpa.trajectory.recorder import Recorder
 
 ITEMS, ACCUMULATION, INPUTS = "num_items_in_batch", "accumulation", "inputs"
 """What a recorded micro-batch holds: the trainer's inputs, and what its loss is divided by."""
+PROCESSES = "processes"
+"""And of several processes, how many: the loss of each is multiplied by that."""
 _COUNTS = {torch.int64: "int64", torch.int32: "int32", torch.float32: "float32"}
 """The dtypes that ``num_items_in_batch`` has; by name they are plain values."""
 
@@ -45,13 +48,14 @@ def problem_of(trainer: Trainer, *, example_losses: Loss | None = None) -> Probl
             ``batch["accumulation"]`` the number of micro-batches of the update.
 
     Raises:
-        UnsupportedError: for a trainer that spreads its model or its loss over processes.
+        UnsupportedError: for a trainer that spreads its model over processes.
     """
-    _require_one_process(trainer)
+    require_data_parallel(trainer)
     model = cast("nn.Module", trainer.accelerator.unwrap_model(trainer.model))
     if trainer.accelerator.native_amp and not hasattr(model, "_original_forward"):
         trainer.accelerator.prepare_model(model)  # autocast, as train() would wrap it
-    return Problem(model, _LossOf(trainer), example_losses)
+    # On several processes culpa.record needs what reduces their gradients; others take the model.
+    return Problem(wrapper_of(trainer, model), _LossOf(trainer), example_losses)
 
 
 class _LossOf:
@@ -77,7 +81,8 @@ class _LossOf:
         micro_batches = replaced(
             trainer, "current_gradient_accumulation_steps", int(batch[ACCUMULATION])
         )
-        with micro_batches, replaced(trainer.accelerator, "backward", keep):
+        processes = as_one_of(trainer, int(batch.get(PROCESSES, 1)))
+        with micro_batches, processes, replaced(trainer.accelerator, "backward", keep):
             trainer.training_step(model, inputs, count_of(batch, trainer.args.device))
         if len(found) != 1:
             raise UnsupportedError(
@@ -150,6 +155,8 @@ def record_trainer(
 ) -> Generator[TrainerRecording]:
     """Record what ``trainer.train()`` does inside, as one stage.
 
+    Under ``torchrun`` call it on every process, with one ``path``: the first one writes.
+
     Args:
         trainer: any ``transformers.Trainer``, PEFT models and subclasses such as TRL's included.
         path: the run folder.
@@ -161,7 +168,7 @@ def record_trainer(
 
     Raises:
         RecordError: if nothing was trained inside, or the training does what a replay could not.
-        UnsupportedError: for trainers over several processes.
+        UnsupportedError: for trainers that spread their model over processes.
         CulpaError: what ``culpa.record`` raises besides.
     """
     taken = sorted({"scheduler", "scaler", "clip_grad_norm"} & options.keys())
@@ -170,9 +177,13 @@ def record_trainer(
             f"record_trainer takes {', '.join(taken)} from the trainer; leave it out."
         )
     recording = TrainerRecording(Path(path))
-    _require_one_process(trainer)
+    require_data_parallel(trainer)
     opened = ExitStack()
-    watcher = _Watcher(recording, lambda: _start(trainer, recording, opened, stage, options))
+    watcher = _Watcher(
+        recording,
+        trainer.args.world_size,
+        lambda: _start(trainer, recording, opened, stage, options),
+    )
     with ExitStack() as restore:
         trainer.add_callback(watcher)
         restore.callback(trainer.remove_callback, watcher)
@@ -223,8 +234,11 @@ def _start(
 class _Watcher(TrainerCallback):
     """Tells the recorder where an update begins and ends."""
 
-    def __init__(self, recording: TrainerRecording, start: Callable[[], None]) -> None:
+    def __init__(
+        self, recording: TrainerRecording, processes: int, start: Callable[[], None]
+    ) -> None:
         self._recording = recording
+        self._processes = processes
         self._start = start
         self._drawn: tuple[list[Any], Any] = ([], None)
         self._update: Any = None
@@ -249,6 +263,8 @@ class _Watcher(TrainerCallback):
             return
         self.leave_unfinished()
         facts = {ITEMS: _plain(items), ACCUMULATION: len(batches)}
+        if self._processes > 1:
+            facts[PROCESSES] = self._processes
         micro = [{INPUTS: dict(batch), **facts} for batch in batches]
         # training_step has divided by everything already.
         self._update = recorder.step(*micro, weights=[1.0] * len(micro))
@@ -266,14 +282,3 @@ class _Watcher(TrainerCallback):
         if update is not None:
             stop = GeneratorExit()
             update.__exit__(GeneratorExit, stop, None)
-
-
-def _require_one_process(trainer: Trainer) -> None:
-    if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
-        raise UnsupportedError(
-            f"the trainer runs on {trainer.args.world_size} processes and {trainer.args.n_gpu}"
-            " devices each; record_trainer records one process on one device."
-        )
-    for name in ("is_deepspeed_enabled", "is_fsdp_enabled"):
-        if getattr(trainer, name, False):
-            raise UnsupportedError(f"{name.split('_')[1]} is not supported by record_trainer.")

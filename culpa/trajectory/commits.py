@@ -60,10 +60,13 @@ class Commit:
     """Loop, number of the batch, and the generators before it was drawn, where drawing moved
     them."""
     point: Point | None = None
+    others: Sequence[Noted] = ()
+    """The same of the other ranks, as the log keeps it."""
 
     def notes(self) -> list[Noted]:
         """Where an unfinished recording is to go on, as far as this update says."""
         found = [(log.draw_id(loop, n), random.encode()) for loop, n, random in self.draws]
+        found += self.others
         return found if self.point is None else [*found, (log.POINT, self.point.encode())]
 
 

@@ -65,7 +65,9 @@ class Begun:
 def begin(
     folder: Path, observer: Observer, examples: str, *, resume: bool, overwrite: bool
 ) -> Begun | None:
-    """Make ready to go on with the run in ``folder``; ``None``: its last job is to be resumed.
+    """Make ready to go on with the run in ``folder``.
+
+    ``None``: there is none, or its last job is to be resumed.
 
     Cost: reads the whole folder once.
 
@@ -73,6 +75,8 @@ def begin(
         StoreError: if its last job is unfinished and is neither resumed nor overwritten.
         RecordError: if module or optimizer are not as the run left them.
     """
+    if not (folder / MANIFEST).is_file():
+        return None
     run = _recovered(folder)
     earlier, done = run.manifest.earlier, run.manifest.status == "complete"
     stop = run.num_steps if done else earlier[-1].stop if earlier else 0

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from culpa.errors import RecordError
 from culpa.trajectory import files
 
 SCHEMA = """
@@ -32,6 +33,8 @@ SEAL = -1
 """The row of ``resume`` that holds the seal; the only one of a complete run."""
 POINT = 0
 """The row of ``resume`` that holds the point to go on from."""
+OF_RANK = 52
+"""The rows of the r-th rank are those of the first one, plus r times two to this."""
 
 
 def draw_id(loop: int, n: int) -> int:
@@ -44,6 +47,21 @@ def loop_id(loop: int) -> int:
     return ((loop + 2) << 32) - 1
 
 
+def of_rank(rank: int, key: int) -> int:
+    """The row in which stands of a rank what stands of the first one in row ``key``.
+
+    Raises:
+        RecordError: beyond 2048 ranks, or a million loops of one of them.
+    """
+    if rank >> (63 - OF_RANK) or key >> OF_RANK:
+        raise RecordError(
+            f"rank {rank} has begun {(key >> 32) - 1} loops over recorder.batches; where a"
+            " recording is to go on is kept of at most 2048 ranks and a million loops each. Use"
+            " recorder.step where every update has a loop of its own."
+        )
+    return (rank << OF_RANK) + key
+
+
 def create(path: Path) -> sqlite3.Connection:
     """A new log, write-ahead, used by the writer's thread alone."""
     connection = _connect(path)
@@ -54,9 +72,15 @@ def create(path: Path) -> sqlite3.Connection:
 
 
 def recover(path: Path) -> None:
-    """Let SQLite roll back what a crash left half done; reading alone cannot."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
+    """Let SQLite roll back what a crash left half done; reading alone cannot.
+
+    It is one plain file then, which other hosts can read too, unless somebody has it open.
+    """
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         rows(connection, "SELECT count(*) FROM step")
+        with contextlib.suppress(sqlite3.OperationalError):
+            execute(connection, "PRAGMA busy_timeout=100")
+            execute(connection, "PRAGMA journal_mode=DELETE")
 
 
 def reopen(path: Path) -> sqlite3.Connection:
@@ -120,15 +144,6 @@ def abandon(connection: sqlite3.Connection) -> None:
         connection.rollback()
     with contextlib.suppress(sqlite3.Error):
         connection.close()
-
-
-def open_readonly(path: Path) -> sqlite3.Connection:
-    """An existing log for reading."""
-    connection = sqlite3.connect(
-        f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False
-    )
-    connection.execute("PRAGMA query_only=ON")
-    return connection
 
 
 def rows(connection: sqlite3.Connection, query: str, values: Iterable[Any] = ()) -> list[Any]:

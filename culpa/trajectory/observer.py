@@ -17,6 +17,7 @@ from culpa.errors import ProblemError, RecordError, UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory.optimizers import gather_slots, optimizer_class, qualified_name
 from culpa.trajectory.schema import OptimizerSpec
+from culpa.trajectory.snapshot import Camera
 from culpa.trajectory.state import State, largest_difference
 from culpa.trajectory.together import Stepper, members_of
 from culpa.tree import Slots, Tree
@@ -115,6 +116,30 @@ class Observer:
             {slot: tree.map_values(Tensor.cpu, values) for slot, values in state.slots.items()},
         )
 
+    def placed(self, name: str, value: Tensor) -> Tensor:
+        """A slot of a parameter as its optimizer keeps it."""
+        return value.to(self.held[name].device)
+
+    def gathered(self) -> Observer:
+        """An observer that a rank may ask without the others; as long as nothing changes."""
+        return self
+
+    def frozen(self) -> Tree:
+        """The parameters that no optimizer holds; not copies."""
+        return {name: p for name, p in self.params.items() if name not in self.held}
+
+    def complete(self, last: State, joining: Tree) -> State:
+        """The whole state before an update, ``last`` being that after the one before it."""
+        return State(last.params | joining, last.buffers, last.slots)
+
+    def camera(self, held: Mapping[str, Tensor]) -> Camera:
+        """What takes copies of the parameters in ``held``, and of all buffers."""
+        return Camera(held, self.buffers)
+
+    def live(self, name: str) -> Tensor:
+        """What this process has of a parameter."""
+        return self.params[name]
+
     def copied_slots(self) -> Slots:
         """A copy of the optimizer state on the CPU."""
         return {
@@ -133,7 +158,7 @@ class Observer:
     def require_unchanged(self, last: State, name: str) -> None:
         """Raise ``RecordError`` unless parameters and buffers are those of ``last``."""
         live = State(
-            {name: self.params[name].cpu() for name in last.params},
+            {name: self.live(name).cpu() for name in last.params},
             {name: self.buffers[name].cpu() for name in last.buffers},
         )
         where, size = largest_difference(live.flat(), last.flat())
@@ -148,7 +173,7 @@ class Observer:
 
     def followed_by(self, optimizer: Stepper) -> Observer:
         """The observer of an optimizer that takes over."""
-        observer = Observer(self.problem, optimizer)
+        observer = type(self)(self.problem, optimizer)
         if optimizer is not self.optimizer and observer.slots():
             raise RecordError("the new optimizer has state already; pass it before its first step.")
         return observer

@@ -17,18 +17,17 @@ from culpa._version import __version__
 from culpa.errors import OptionError, StoreError, UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import environment, files, jobs
-from culpa.trajectory import resume as resuming
 from culpa.trajectory.checkpoints import CheckpointPolicy, Thinned
 from culpa.trajectory.durability import Durability
 from culpa.trajectory.fits import describe_tensors
 from culpa.trajectory.frozen import encode as encode_frozen
 from culpa.trajectory.observer import Observer
+from culpa.trajectory.ranks import goingon
 from culpa.trajectory.ranks.exchange import Exchange
 from culpa.trajectory.ranks.recording import Partners, partners
 from culpa.trajectory.recorder import Recorder
 from culpa.trajectory.resume import Resumption
 from culpa.trajectory.schema import LOG, MANIFEST, PACK, STATES, Manifest
-from culpa.trajectory.seal import as_recording
 from culpa.trajectory.settings import Settings
 from culpa.trajectory.state import State, raws
 from culpa.trajectory.store import Store
@@ -84,6 +83,7 @@ def record(
         resume: go on with the record in ``path`` if there is one: run the same script again; what
             is recorded is passed over, and the final state is that of an undisturbed run
             (trajectory/resume.py says how, and what a loop must not do). A complete run is refused.
+            Several ranks go on as many as they were, each of which reads ``path``.
         overwrite: replace a run that ``path`` holds already.
         append: go on with the complete run in ``path``, if there is one, by further stages: a job
             after another, in this process or the next. Parameters and buffers must be as the run
@@ -126,32 +126,39 @@ def record(
     scaler = scaler if scaler is not None and scaler.is_enabled() else None
     beside = all_of([*(scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]), scaler])
     stepper = as_one(optimizer)
-    others = partners(problem, stepper, scaler, resume=resume, append=append)
+    others = partners(problem, stepper, scaler)
     settings = Settings(
         policy, durability, clip_grad_norm, clip_grad_value, beside, scaler, strict, others
     )
-    observer = Observer(problem, stepper)
+    observer = (Observer if others is None else others.observer)(problem, stepper)
     begun = ahead = None
-    if append and (folder / MANIFEST).is_file():
-        begun = jobs.begin(folder, observer, examples, resume=resume, overwrite=overwrite)
+    if append:
+        seen = observer.gathered()
+        begin = partial(jobs.begin, folder, seen, examples, resume=resume, overwrite=overwrite)
+        begun = begin() if others is None else goingon.begun(others, seen, begin)
+        del seen, begin
     if resume and begun is None:
-        ahead = _resumption(folder, problem, observer, scheduler, append=append)
+        ahead = goingon.ahead(others, folder, problem, observer, scheduler, append=append)
     base = jobs.Base()
     if begun is not None:
         base, initial, open_store = begun.base, begun.initial, partial(begun.open_store, folder)
     elif ahead is None:
         initial = observer.state(observer.held, slots=True)
         _require_room(folder, overwrite or resume, others)
-        open_store = partial(_create, folder, observer, initial, examples, frozen)
+        begins = observer.frozen(), initial
+        open_store = partial(_create, folder, observer, begins, examples, frozen)
+        del begins
     else:
-        base = jobs.base_of(ahead.run)
+        base = ahead.base
         observer.write(ahead.state, ahead.frozen)
-        out = ahead.run.tables.frozen_before(base.index)  # what takes them over comes in its stage
-        held = {name: v for name, v in ahead.state.params.items() if name not in out}
+        # What takes the others over comes in its stage.
+        held = {name: v for name, v in ahead.state.params.items() if name in ahead.begins_with}
         initial = State(held, ahead.state.buffers)
-        open_store = partial(_reopen, folder, ahead)
+        open_store = partial(ahead.open_store, folder)
     recorder = _recorder(folder, open_store, observer, settings, initial, ahead, base)
-    del ahead
+    if others is not None:
+        others.start()
+    del ahead, initial, open_store  # of a model that is sharded only the first rank keeps a copy
     try:
         yield recorder
     except BaseException as error:
@@ -184,13 +191,14 @@ def _recorder(
         writer = made()
     else:
         own = made() if others.group.first else None
-        writer = Exchange(others.group, folder, settings.policy, own)
+        writer = Exchange(others.group, folder, settings.policy, own, replicated=others.replicated)
     return Recorder(writer, observer, settings, initial, ahead, base)
 
 
-def _create(folder: Path, observer: Observer, initial: State, examples: str, kept: str) -> Store:
-    params = observer.params
-    frozen: Tree = {name: p for name, p in params.items() if name not in observer.held}
+def _create(
+    folder: Path, observer: Observer, begins: tuple[Tree, State], examples: str, kept: str
+) -> Store:
+    params, (frozen, initial) = observer.params, begins
     manifest = Manifest(
         culpa_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -205,28 +213,6 @@ def _create(folder: Path, observer: Observer, initial: State, examples: str, kep
     _clear(folder)
     content = encode_frozen(frozen, by_reference=manifest.frozen_by_reference)
     return Store.create(folder, manifest, raws(initial.flat()), content)
-
-
-def _resumption(
-    folder: Path, problem: Problem, observer: Observer, scheduler: Any, *, append: bool
-) -> Resumption | None:
-    if not (folder / MANIFEST).is_file():
-        return None
-    ahead = resuming.load(folder, scheduler, observer.optimizer)
-    if ahead is not None:
-        if ahead.run.manifest.earlier and not append:
-            raise OptionError(
-                f"the unfinished job in {folder} was appended to a run: pass append=True,"
-                " resume=True in its script."
-            )
-        here = environment.capture(observer.params.values())
-        environment.require_same(ahead.run.manifest.environment, here, str(folder))
-        ahead.recompute(jobs.of_this_job(ahead.run, problem))
-    return ahead
-
-
-def _reopen(folder: Path, ahead: Resumption) -> Store:
-    return Store.reopen(folder, as_recording(ahead.run.manifest))
 
 
 def _require_room(folder: Path, replace: bool, others: Partners | None) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from culpa.errors import OptionError, RecordError, StageError, UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import rng
+from culpa.trajectory.ranks import recording
 from culpa.trajectory.together import as_one, members_of
 from culpa.trajectory.watch import Watch
 
@@ -175,9 +176,12 @@ class Recorder(Watch):
         half_made = self._half_made() if self._stepped and status == "complete" else ""
         if half_made:
             status, reason = "interrupted", half_made
-        if not self._skipping:
+        # Of a model that is sharded a rank that failed reads nothing: the others are elsewhere.
+        readable = status == "complete" or recording.alone(self._settings.partners)
+        if readable and not self._skipping:
             self._end_stage()
         self._stop_watching()
+        recording.stop(self._settings.partners)
         ahead = self._resumption
         if ahead is not None and self._index < ahead.num_steps:  # it did not get to anything new
             self._writer.close(None, "recording", reason, ahead.point.seconds)
@@ -192,7 +196,8 @@ class Recorder(Watch):
         if self._before is not None:
             slots = self._before.state.slots
         else:  # of several optimizers one may have moved
-            slots = {} if self._stepped else self._observer.state({}, slots=True).slots
+            readable = readable and not self._stepped
+            slots = self._observer.state({}, slots=True).slots if readable else {}
         final = self._last_with(slots)
         self._writer.close(final, status, reason, self.training_seconds)
         if half_made:

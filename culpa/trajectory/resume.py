@@ -20,29 +20,26 @@ draw from: they begin at update ``recorder.num_steps`` themselves.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from blake3 import blake3
 from torch import Tensor
 
-from culpa.errors import OptionError, RecordError, StoreError, UnsupportedError
+from culpa.errors import RecordError, UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory import digest, log, rng, walk
+from culpa.trajectory import digest, files, jobs, log, rng, walk
 from culpa.trajectory.batches import encode
 from culpa.trajectory.observer import Observer
-from culpa.trajectory.point import EndedLoop, Point, plain, shaped
+from culpa.trajectory.point import Point, plain, shaped
 from culpa.trajectory.rng import RandomState
-from culpa.trajectory.run import Run, open_run
-from culpa.trajectory.schema import LOG, Stage
+from culpa.trajectory.run import Run
+from culpa.trajectory.schema import MANIFEST, Stage
 from culpa.trajectory.seal import as_recording
 from culpa.trajectory.state import State
 from culpa.trajectory.store import Store
-from culpa.trajectory.together import members_of
 from culpa.tree import Tree
 
 
@@ -61,13 +58,33 @@ class Loop:
 
 
 class Resumption:
-    """What a script that runs again must pass through, and the state it arrives in."""
+    """What a script that runs again must pass through, and the state it arrives in.
 
-    def __init__(self, run: Run, point: Point, loops: list[Loop], draws: dict[int, bytes]) -> None:
-        self.run = run
+    All that is needed of the record is read here: the folder may be written on afterwards.
+
+    Args:
+        run: what was recorded, open.
+        rank, ranks: of this process, and how many record together.
+        point, loops, draws: of this rank.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        rank: int,
+        ranks: int,
+        point: Point,
+        loops: list[Loop],
+        draws: dict[int, bytes],
+    ) -> None:
+        self.path, self.manifest, self.base = run.path, run.manifest, jobs.base_of(run)
         self.point = point
         self.num_steps = run.num_steps
         self.stages = {stage.name: stage for stage in run.stages}
+        self.begins_with = {*run.manifest.parameters} - run.tables.frozen_before(self.base.index)
+        """The parameters that the job's first optimizer holds."""
+        self.record = run.step(point.index)
+        """The update that comes next."""
         self.state = State({})
         self.frozen: Tree = {}
         self._loops = {loop.number: loop for loop in loops}
@@ -76,13 +93,30 @@ class Resumption:
             for o in point.loops
         }
         self._draws = draws
-        self._known = {d: i for i, d in enumerate(run.tables.digests())}
-        self._layouts = [layout.encode() for layout in run.tables.layouts]
+        self._made = {k: run.step(k).digest for k in range(point.index, self.num_steps)}
+        layouts = [blake3(layout.encode()).digest() for layout in run.tables.layouts]
+        rows = run.tables.digests()
+        self._contents: dict[int, list[tuple[int, bytes]]] = {}
+        for number, loop in self._loops.items():
+            found = self._contents[number] = []
+            for k in range(loop.start, min(loop.stop, self.num_steps) if loop.checked else 0):
+                micro = run.step(k).micro_batches
+                share = len(micro) // ranks
+                found += [
+                    (k, digest.combine([layouts[one.layout], *(rows[i] for i in one.rows)]))
+                    for one in micro[rank * share : (rank + 1) * share]
+                ]
 
-    def recompute(self, problem: Problem) -> None:
+    def open_store(self, folder: Path) -> Store:
+        """The folder to write on. As in jobs.py, its manifest is replaced before the log."""
+        growing = as_recording(self.manifest)
+        files.write_durably(folder / MANIFEST, growing.encode())
+        return Store.reopen(folder, growing)
+
+    def recompute(self, run: Run, problem: Problem) -> None:
         """s_r by exact replay from the nearest kept state."""
-        run, r = self.run, self.point.index
-        with walk.session(run, problem) as engine:
+        r = self.point.index
+        with walk.session(run, jobs.of_this_job(run, problem)) as engine:
             self.frozen = run.frozen_parameters()
             if r in run.kept_states:
                 self.state = run.state(r)
@@ -101,7 +135,7 @@ class Resumption:
             )
         self._restore_before(number, 0)
         iterator = iter(loader)
-        expected = self._expected(loop)
+        expected = [*self._contents[number]]
         for n in range(loop.draws):
             if n:
                 self._restore_before(number, n)
@@ -112,7 +146,7 @@ class Resumption:
                     f"the loader of loop {number} ended after {n} batches; {loop.draws} were drawn"
                     " when it was recorded. Resume with the same data."
                 ) from None
-            if expected and self._is(batch, expected[0][1]):
+            if expected and _content(batch) == expected[0][1]:
                 expected.pop(0)
             elif loop.checked and loop.draws - n - 1 < len(expected):
                 raise RecordError(
@@ -147,7 +181,9 @@ class Resumption:
                 for name, value in values.items():
                     param = observer.held[name]
                     elsewhere = slot == "step" and not _on_device(optimizer, param)
-                    optimizer.state[param][slot] = value if elsewhere else value.to(param.device)
+                    optimizer.state[param][slot] = (
+                        value if elsewhere else observer.placed(name, value)
+                    )
         for group, hyper in zip(optimizer.param_groups, point.hypers, strict=True):
             for name, value in hyper.items():
                 group[name] = _typed(value, group.get(name))
@@ -162,99 +198,13 @@ class Resumption:
 
     def check(self, index: int, after: State) -> None:
         """Raise unless an update that was made again is the recorded one."""
-        if digest.combine(after.step_digests()) != self.run.step(index).digest:
+        if digest.combine(after.step_digests()) != self._made[index]:
             raise RecordError(
-                f"update {index}, made again, is not what {self.run.path} has recorded. Resume with"
+                f"update {index}, made again, is not what {self.path} has recorded. Resume with"
                 " the same script, data and hyperparameters. A loop with recorder.step begins at"
                 " recorder.num_steps; what the loop's body counts or changes by itself (a learning"
                 " rate, say) must be taken from there too."
             )
-
-    def _expected(self, loop: Loop) -> list[tuple[int, tuple[int, tuple[int, ...]]]]:
-        """Update, and layout and rows, of every micro-batch made in a loop."""
-        if not loop.checked:
-            return []
-        return [
-            (k, (micro.layout, micro.rows))
-            for k in range(loop.start, min(loop.stop, self.num_steps))
-            for micro in self.run.step(k).micro_batches
-        ]
-
-    def _is(self, batch: Any, recorded: tuple[int, tuple[int, ...]]) -> bool:
-        encoded = encode(batch)
-        layout = encoded.layout.encode()
-        if layout != self._layouts[recorded[0]] or len(encoded.rows) != len(recorded[1]):
-            return False
-        prefix = blake3(layout).digest()
-        found = (self._known.get(blake3(prefix + row.tobytes()).digest()) for row in encoded.rows)
-        return all(a == b for a, b in zip(found, recorded[1], strict=True))
-
-
-def load(folder: Path, scheduler: Any, optimizer: Any) -> Resumption | None:
-    """What there is to go on from; ``None`` if nothing was committed yet.
-
-    Raises:
-        StoreError: if the run is complete.
-        IntegrityError: if what is there was damaged.
-        OptionError: if a scheduler drives the optimizer but was not passed.
-    """
-    run = open_run(folder)
-    if not run.manifest.finished:
-        del run
-        log.recover(folder / LOG)
-        run = open_run(folder)
-    loops, draws, content = _read(folder)
-    unclosed = content is None and run.num_steps > 0 and run.num_steps in run.kept_states
-    if unclosed and not run.manifest.finished:
-        # Killed between closing the log and writing the manifest: that is all there is to do.
-        manifest = as_recording(run.manifest)
-        del run  # a log that is being read cannot be folded into one file
-        Store.reopen(folder, manifest).finish(None, "complete", "", 0.0)
-        run = open_run(folder)
-    if run.manifest.status == "complete":
-        raise StoreError(
-            f"{folder} holds a complete run; there is nothing to resume. Open it with"
-            " culpa.open_run, or pass overwrite=True to record anew."
-        )
-    if run.num_steps == 0:
-        return None
-    if run.manifest.examples != "stored":
-        raise UnsupportedError(
-            f"{folder} was recorded with examples='reference': its batches are elsewhere, so the"
-            " state at the last commit cannot be recomputed here. Record anew."
-        )
-    driven = [m for m in members_of(optimizer) if hasattr(m.step, "_wrapped_by_lr_sched")]
-    if scheduler is None and driven:
-        raise OptionError(
-            "a learning-rate scheduler drives this optimizer: pass it, culpa.record(...,"
-            " scheduler=scheduler), so that its state is recorded and put back on resume."
-        )
-    run.verify(level="digest")
-    if content is None:
-        raise StoreError(f"{folder} has updates but no point to go on from; record anew.")
-    point = Point.decode(content)
-    if len(point.loops) > 1:
-        raise UnsupportedError(
-            f"{folder} cannot be resumed: {len(point.loops)} loops over recorder.batches were"
-            " going on at once. Use recorder.step for such loops."
-        )
-    return Resumption(run, point, loops, draws)
-
-
-def _read(folder: Path) -> tuple[list[Loop], dict[int, bytes], bytes | None]:
-    connection = log.open_readonly(folder / LOG)
-    try:
-        content = dict(log.rows(connection, "SELECT id, content FROM resume"))
-    except (sqlite3.Error, msgspec.MsgspecError) as error:
-        raise StoreError(f"{folder} cannot be resumed, its log is damaged: {error}.") from error
-    finally:
-        connection.close()
-    content.pop(log.SEAL, None)
-    point, loops = content.pop(log.POINT, None), list[Loop]()
-    for key in [k for k in content if log.loop_id((k >> 32) - 1) == k]:
-        ended = msgspec.msgpack.decode(content.pop(key), type=EndedLoop)
-        loops.append(Loop((key >> 32) - 1, *ended))
-    return loops, content, point
 
 
 def scheduler_state(scheduler: Any) -> tuple[Any, str]:
@@ -277,6 +227,14 @@ def stage_of(resumption: Resumption, name: str) -> Stage:
             " Resume with the script that was recorded."
         )
     return stage
+
+
+def _content(batch: Any) -> bytes:
+    """What tells a batch from others: the digest of its layout and its rows."""
+    encoded = encode(batch)
+    prefix = blake3(encoded.layout.encode()).digest()
+    rows = (blake3(prefix + row.tobytes()).digest() for row in encoded.rows)
+    return digest.combine([prefix, *rows])
 
 
 def _on_device(optimizer: Any, param: Tensor) -> bool:

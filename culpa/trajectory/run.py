@@ -63,7 +63,9 @@ class Run:
             if manifest.examples == "stored"
             else examples.Missing(source.where)
         )
-        self.frozen = Frozen(source, manifest, lambda: self._read_state(FROZEN_NAME, None).params)
+        self.frozen = Frozen(  # which must not refer to the run: its log is to be closed at once
+            source, manifest, lambda: _read_state(source, manifest, FROZEN_NAME, None).params
+        )
         self.step = Steps(tables)
 
     def __repr__(self) -> str:
@@ -132,7 +134,8 @@ class Run:
             raise StoreError(
                 f"s_{k} is not kept in {self.path}; nearest before it: {self.kept_before(k)}."
             )
-        state = self._read_state(state_name(k), self.tables.frozen_before(k))
+        out = self.tables.frozen_before(k)
+        state = _read_state(self.source, self.manifest, state_name(k), out)
         later = {name: v for name, v in self._joining.items() if name not in state.params}
         return State(state.params | later, state.buffers, state.slots) if later else state
 
@@ -204,18 +207,6 @@ class Run:
 
         return verify_run(self, problem, level, progress, sample, root_digest)
 
-    def _read_state(self, name: str, frozen: frozenset[str] | None) -> State:
-        try:
-            data = self.source.read(name)
-            if len(data) > physical_memory():
-                raise IntegrityError(f"it has {len(data)} bytes, more than this machine's memory")
-            state = State.decode(data)
-            found = describe_tensors(state.flat())
-            require_state(self.manifest, found, frozen)
-            return state
-        except CulpaError as error:
-            raise _about(self.source, name, error) from error
-
     def _batch(self, k: int, micro: MicroBatch) -> Any:
         layout = self.tables.layouts[micro.layout]
         rows = examples.columns(self.rows, micro.rows, batches.row_bytes(layout.root))
@@ -225,6 +216,19 @@ class Run:
             raise IntegrityError(
                 f"{self.source.where}: update {k}: its batch cannot be put together: {error}"
             ) from error
+
+
+def _read_state(source: Source, manifest: Manifest, name: str, out: frozenset[str] | None) -> State:
+    try:
+        data = source.read(name)
+        if len(data) > physical_memory():
+            raise IntegrityError(f"it has {len(data)} bytes, more than this machine's memory")
+        state = State.decode(data)
+        found = describe_tensors(state.flat())
+        require_state(manifest, found, out)
+        return state
+    except CulpaError as error:
+        raise _about(source, name, error) from error
 
 
 def _about(source: Source, name: str, error: CulpaError) -> CulpaError:

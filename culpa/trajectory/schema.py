@@ -64,7 +64,7 @@ class Group(msgspec.Struct, frozen=True):
     optimizer: str
 
 
-class Reduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Reduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the gradients of several processes became one: the mean over ranks, bucket by bucket.
 
     The micro-batches of an update are those of rank 0, then those of rank 1, and so on, as many of
@@ -76,6 +76,11 @@ class Reduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of torch.distributed, which sums."""
     buckets: Annotated[tuple[tuple[str, ...], ...], msgspec.Meta(min_length=1)]
     """The parameters that were summed together, in the order in which they lay there."""
+    sharded: bool = False
+    """By ``fully_shard``: reduce-scattered, and the optimizer stepped on every rank's shards
+    (ranks/shards.py); else all-reduced by ``DistributedDataParallel`` (ranks/reduce.py)."""
+    each: bool = False
+    """Whether every micro-batch was reduced by itself, and the means added up."""
 
 
 class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

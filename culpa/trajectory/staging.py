@@ -23,7 +23,7 @@ from culpa.trajectory.schema import FROZEN_NAME, Stage
 from culpa.trajectory.state import State
 from culpa.trajectory.together import Stepper
 from culpa.trajectory.writer import Writer
-from culpa.tree import Tree, clone
+from culpa.tree import Tree
 
 UNNAMED = "training"
 
@@ -169,7 +169,7 @@ class Staging(ABC):
             observer.require_unchanged(
                 State({name: frozen[f"params/{name}"] for name in joining}), "they begin to train"
             )
-        self._joining = clone({name: p.cpu() for name, p in joining.items()})
+        self._joining = observer.state(joining, slots=False).params
         self._held = [*self._held, *joining]
 
     def _watch(self) -> list[Any]:

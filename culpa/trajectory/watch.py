@@ -25,7 +25,7 @@ from culpa.trajectory.resume import Resumption
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import Stage
 from culpa.trajectory.settings import Settings
-from culpa.trajectory.snapshot import Camera, Snapshot
+from culpa.trajectory.snapshot import Snapshot
 from culpa.trajectory.staging import Staging
 from culpa.trajectory.state import State, file_size
 from culpa.trajectory.writer import Writer
@@ -71,7 +71,7 @@ class Watch(Staging):
         self.training_seconds = 0.0
         self._loops = Loops()
         self._point: Point | None = None  # of the update whose batches are pending, if one was due
-        self._cadence = Cadence(settings.durability)
+        self._cadence = writer if isinstance(writer, Exchange) else Cadence(settings.durability)
         self._resumption = resumption
         self._skipping = resumption is not None  # the script has yet to reach the point
         self._watching = writer.alive()  # False: the recording failed, or has ended
@@ -104,7 +104,7 @@ class Watch(Staging):
             for around in self._loops.open.values():
                 around.checked = False  # its batches need not be those of the updates
         if self._skipping and self._resumption is not None:
-            self._reach_point(self._resumption)
+            self._reach_point(self._resumption, batches)
             now = rng.capture()
         self._look_at_scale()
         if edited := self._observer.edited_since(self._versions, forward=bool(self._pending)):
@@ -146,18 +146,21 @@ class Watch(Staging):
             )
         if self._had_slots and not optimizer.state:
             self._fresh = True  # the loop cleared it: a new job with the same object
-        made_of = self._observer, self._last, len(self._pending), self._usual
+        count, usual = len(self._pending), self._usual
+        if self._weights is not None and count != usual:
+            usual = 0  # what weights say holds of any number of them: this update is proved again
+        made_of = self._observer, self._last, count, usual
         alone = recording.before_step(self._settings.partners, *made_of)
         proving = alone and self._proving.due(self.training_seconds)
         if self._fresh or proving or self._discarded or len(self._pending) != self._usual:
             slots = self._observer.state({}, slots=True).slots
-            last = self._last_with(slots)
-            last.params.update(self._joining)
+            last = self._observer.complete(self._last_with(slots), self._joining)
             self._before = Before(last, self._fresh)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.training_seconds += time.monotonic() - self._started
         observer, index = self._observer, self._index
+        recording.after_step(self._settings.partners, observer, len(self._pending))
         after_random = rng.capture()
         detail = StepDetail(
             weights=self._weights,
@@ -179,13 +182,14 @@ class Watch(Staging):
         slots = observer.copied_slots() if self._policy.keep(index + 1) else None
         pending = self._pending
         if self._before is not None:
-            if self._usual == 0:
-                prove_reproducible(observer.problem, pending)
-            with self._proving.spending(), recording.together(self._settings.partners):
-                pending, detail, ended = identify(
-                    *(observer, self._before, pending, detail, hypers),
-                    *(after.state(slots), index, self._usual),
-                )
+            with recording.together(self._settings.partners):
+                if self._usual == 0:
+                    prove_reproducible(observer.problem, pending)
+                with self._proving.spending():
+                    pending, detail, ended = identify(
+                        *(observer, self._before, pending, detail, hypers),
+                        *(after.state(slots), index, self._usual),
+                    )
             self._draws_elsewhere = ended != after_random
             self._usual, self._before = len(pending) - detail.discarded, None
         self._hand_over(pending, detail, hypers_json, after, slots)
@@ -209,7 +213,9 @@ class Watch(Staging):
         """Give the update to the writer or, if the record has it already, compare."""
         index, stage, ahead = self._index, self._stage, self._resumption
         if ahead is not None and index < ahead.num_steps:
-            ahead.check(index, after.state())
+            recording.on_first(
+                self._settings.partners, lambda: ahead.check(index, after.state())
+            )  # whose buffers are recorded
             self._loops.take()
             self._point = None
             if index + 1 == ahead.num_steps:
@@ -234,7 +240,7 @@ class Watch(Staging):
 
     def _aim(self) -> None:
         held = {n: self._observer.params[n] for n in self._held}
-        self._camera = Camera(held, self._observer.buffers)
+        self._camera = self._observer.camera(held)
 
     def _last_with(self, slots: Slots) -> State:
         last = self._last()
@@ -262,7 +268,7 @@ class Watch(Staging):
             seconds=self.training_seconds,
         )
 
-    def _reach_point(self, ahead: Resumption) -> None:
+    def _reach_point(self, ahead: Resumption, batches: list[Any]) -> None:
         """The script arrived at the update where the record goes on."""
         point, observer = ahead.point, self._observer
         if self._loops.begun != point.next_loop or self._stage_name() != point.stage:
@@ -272,6 +278,8 @@ class Watch(Staging):
                 f" record goes on, was made in stage {point.stage!r} after {point.next_loop}. Loops"
                 " with recorder.step begin at recorder.num_steps."
             )
+        if self._settings.partners is not None:
+            self._settings.partners.before_going_on(ahead, observer.problem, batches[0])
         ahead.put(observer, self._settings.scheduler)
         self._index, self._skipping = point.index, False
         held = {name: ahead.state.params[name] for name in self._held}

@@ -12,6 +12,9 @@ import torch
 import torch._dynamo  # DistributedDataParallel imports it when it is made: once, before the fork
 import torch.distributed as dist
 
+import culpa.trajectory.record  # and these: importing them under the test hook takes seconds
+import culpa.trajectory.replay  # noqa: F401
+
 
 def run_ranks(size: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
     """What ``work(rank)`` returned in each of ``size`` processes; raises what one of them did."""

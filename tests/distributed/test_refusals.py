@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import culpa
@@ -52,19 +50,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "not wrapped": (lambda path: record(path, Case().model()), "DistributedDataParallel"),
     "hook": (lambda path: record(path, hooked()), "communication hook"),
     "SyncBatchNorm": (lambda path: record(path, synchronised()), "SyncBatchNorm"),
-    "resume": (lambda path: record(path, wrapped(), resume=True), "resume=True"),
-    "append": (lambda path: record(path, wrapped(), append=True), "append=True"),
     "scaler": (
         lambda path: record(path, wrapped(), scaler=torch.amp.GradScaler("cpu")),
         "GradScaler",
     ),
 }
-
-
-def sharded(path: Path) -> None:
-    model = Case().model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    record(path, model)
 
 
 def joined(path: Path) -> None:
@@ -88,7 +78,6 @@ def taken(path: Path) -> None:
 
 REFUSED |= {
     "join": (joined, "join"),
-    "FSDP2": (sharded, "sharded by fully_shard, which is not supported yet"),
     "edited": (edited, "differ in parameters"),
     "folder in use": (taken, "no culpa run"),
 }
@@ -168,5 +157,5 @@ def test_a_killed_rank_leaves_a_readable_run(
     run.verify(problem, level="replay")
     optimizer = job.optimizer(problem.model.parameters())
     again = culpa.record(tmp_path / "run", problem, optimizer, resume=True)
-    with pytest.raises(culpa.StoreError, match="no point to go on from"), again:
+    with pytest.raises(culpa.UnsupportedError, match="on 2 processes"), again:
         pass

@@ -18,7 +18,8 @@ from culpa.errors import CulpaError, RecordError, RecordingStopped
 from culpa.trajectory import digest
 from culpa.trajectory.beside import GROUP
 from culpa.trajectory.checkpoints import CheckpointPolicy
-from culpa.trajectory.commits import Commit, Item
+from culpa.trajectory.commits import Commit, Item, ended
+from culpa.trajectory.items import Noted
 from culpa.trajectory.point import LoopEnd
 from culpa.trajectory.ranks.group import Ranks
 from culpa.trajectory.ranks.parts import Message, Part, Reply, joined, part_of
@@ -41,10 +42,17 @@ class Exchange:
         folder: of the run.
         policy: which states to keep.
         writer: on the first rank.
+        replicated: whether every rank holds all parameters.
     """
 
     def __init__(
-        self, group: Ranks, folder: Path, policy: CheckpointPolicy, writer: Writer | None
+        self,
+        group: Ranks,
+        folder: Path,
+        policy: CheckpointPolicy,
+        writer: Writer | None,
+        *,
+        replicated: bool = True,
     ) -> None:
         self.folder = folder
         self.arena = None  # updates are gathered here: copies have memory of their own
@@ -52,9 +60,11 @@ class Exchange:
         self._policy = policy
         self._group = group
         self._writer = writer
+        self._replicated = replicated
         self._alive = True
         self._items: list[Item] = []
         self._parts: list[Part] = []
+        self._ended: list[Noted] = []
         self._after = 1
         self._since = time.monotonic()
 
@@ -73,18 +83,28 @@ class Exchange:
         """Whether the recording goes on, as all ranks know since the last exchange."""
         return self._alive
 
+    def due(self, index: int) -> bool:
+        """Whether a point to go on from is to be taken at update ``index``: of all ranks at one.
+
+        It is for the first update of every exchange.
+        """
+        return not self._parts
+
     def submit(self, item: Item) -> None:
         """Hand something over; every so many updates all ranks wait for each other here.
 
         Raises:
             RecordError: on all ranks, if their parts are not of one update.
         """
-        if not self._alive or isinstance(item, LoopEnd):
+        if not self._alive:
             return
         if self._writer is not None:
             self._items.append(item)
+        elif isinstance(item, LoopEnd):
+            self._ended += ended(item)
         if isinstance(item, Commit):
-            self._parts.append(part_of(item))
+            self._parts.append(part_of(item, self._ended))
+            self._ended = []
         if len(self._parts) >= self._after:
             self._exchange(b"")
 
@@ -97,11 +117,14 @@ class Exchange:
         writer = self._writer
         if status == "complete" and self._alive:
             self._group.meet(PATIENCE)
-            self._exchange(digest.combine(digest.tensor_digests(final.params if final else {})))
-        if writer is not None and (self._items or not self._alive):
-            left = len([item for item in self._items if isinstance(item, Commit)])
+            compared = final.params if final is not None and self._replicated else {}
+            self._exchange(digest.combine(digest.tensor_digests(compared)))
+        left = len([item for item in self._items if isinstance(item, Commit)])
+        if writer is not None and (left or not self._alive):
             writer.give_up(f"{reason or status}; {left} updates were not exchanged between ranks")
         elif writer is not None:
+            for item in self._items:
+                writer.submit(item)
             writer.close(final, status, reason, seconds)
         if status == "complete" and self._alive:
             self._group.from_first(b"")  # the run is there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from culpa.errors import IntegrityError
-from culpa.trajectory.ranks import reduce
+from culpa.trajectory.ranks import reduce, shards
 from culpa.trajectory.ranks.group import FIRST, Ranks, ranks, synchronised
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import Reduction, StepRecord
@@ -25,11 +25,13 @@ Weights = tuple[float, ...] | None
 
 @dataclass(frozen=True)
 class Part:
-    """The micro-batches of one rank; ``weights`` as its loop had them, ``None``: 1/n each."""
+    """Micro-batches of one rank; ``weights`` as its loop had them, ``None``: 1/``count`` each."""
 
     batches: Sequence[Any]
     randoms: Sequence[RandomState | None]
     weights: Weights
+    count: int
+    """The rank's micro-batches in the update, of which these may be some."""
 
 
 Backward = Callable[[Part], tuple[float, list[RandomState]]]
@@ -117,25 +119,68 @@ def accumulate(
         backward: of one rank.
     """
     reduction = record.optimizer.reduction
+    own = Part(batches, randoms, record.weights, len(batches) - record.discarded)
     if reduction is None:
-        return backward(Part(batches, randoms, record.weights))
-    together = _together.get()
+        return backward(own)
+    together, how = _together.get(), _Reducing(reduction, record.held, params)
     if together is not None and together.live:
-        return _jointly(together.ranks, reduction, Part(batches, randoms, record.weights),
-                        params, buffers, backward, synchronise=True)  # fmt: skip
-    parts = _parts(record, reduction, batches, randoms)
+        return _jointly(together.ranks, how, own, buffers, backward, synchronise=True)
+    parts = _parts(record, reduction, batches, randoms, params)
     if together is None or together.ranks.size != reduction.ranks:
-        return _alone(reduction, parts, params, buffers, backward)
+        return _alone(how, parts, buffers, backward)
     own = parts[together.ranks.rank]
-    loss, used = _jointly(together.ranks, reduction, own, params, buffers, backward)
+    loss, used = _jointly(together.ranks, how, own, buffers, backward)
     return loss, _generators(together.ranks, record, randoms, used)
+
+
+def clip_grad_norm(record: StepRecord, params: Sequence[Tensor], bound: float) -> None:
+    """``torch.nn.utils.clip_grad_norm_``, which takes the norm of sharded gradients otherwise."""
+    reduction, grads = record.optimizer.reduction, [p.grad for p in params if p.grad is not None]
+    if reduction is None or not reduction.sharded or not grads:
+        torch.nn.utils.clip_grad_norm_(params, bound)
+        return
+    together, count = _together.get(), reduction.ranks
+    if together is not None and together.ranks.size == count:
+        squares = shards.norms(grads, together.ranks.rank, count)
+        dist.all_reduce(squares)
+    else:
+        each = [shards.norms(grads, rank, count) for rank in range(count)]
+        squares = reduce.summed(each, reduction)
+    norm = torch.linalg.vector_norm(squares**0.5, 2.0)
+    torch.nn.utils.clip_grads_with_norm_(params, bound, norm)
+
+
+@dataclass(frozen=True)
+class _Reducing:
+    """How gradients are reduced, of which live parameters; the optimizer's are ``held``."""
+
+    reduction: Reduction
+    held: Collection[str]
+    params: Tree
+
+    def rounds(self, part: Part) -> list[Part]:
+        """What of a rank's part is reduced at once: all of it, or each micro-batch."""
+        if not self.reduction.each:
+            return [part]
+        return [
+            Part([b], [r], part.weights and (part.weights[at],), part.count)
+            for at, (b, r) in enumerate(zip(part.batches, part.randoms, strict=True))
+        ]
+
+    def put(self, means: Sequence[Tree]) -> None:
+        """Leave the sum of all rounds at the parameters."""
+        for name, p in self.params.items():
+            found = [mean[name] for mean in means if name in mean]
+            if found and p.requires_grad:
+                p.grad = found[0]
+                for other in found[1:]:
+                    p.grad += other
 
 
 def _jointly(
     group: Ranks,
-    reduction: Reduction,
+    how: _Reducing,
     own: Part,
-    params: Tree,
     buffers: Mapping[str, Tensor],
     backward: Backward,
     *,
@@ -144,34 +189,47 @@ def _jointly(
     """This rank's part, and the mean over all; buffers are the first rank's before and after."""
     if synchronise:
         _broadcast(buffers)
-    loss, used = backward(own)
-    _put(params, reduce.across_ranks(_taken(params), reduction, params))
+    losses, used, means = list[float](), list[RandomState](), list[Tree]()
+    for part in how.rounds(own):
+        loss, drawn = backward(part)
+        losses.append(loss)
+        used += drawn
+        taken = _taken(how.params)
+        means.append(reduce.across_ranks(taken, how.reduction, how.params, how.held))
+    how.put(means)
     _broadcast(buffers)
-    (total,) = group.total([loss / group.size])
+    (total,) = group.total([sum(losses) / group.size])
     return total, used
 
 
 def _alone(
-    reduction: Reduction,
+    how: _Reducing,
     parts: Sequence[Part],
-    params: Tree,
     buffers: Mapping[str, Tensor],
     backward: Backward,
 ) -> tuple[float, list[RandomState]]:
     """Every rank's part in turn, each from the buffers before the update."""
     before, after = clone(buffers), dict[str, Tensor]()
-    losses, used, grads = list[float](), list[RandomState](), list[Tree]()
-    for at, part in enumerate(parts):
+    total, used, grads = 0.0, list[RandomState](), list[list[Tree]]()
+    for at, own in enumerate(parts):
         if at:
             _write(buffers, before)
-        loss, drawn = backward(part)
+        taken = list[Tree]()
+        for part in how.rounds(own):
+            loss, drawn = backward(part)
+            total += loss / len(parts)
+            used += drawn
+            taken.append(_taken(how.params))
         after = after or clone(buffers)
-        losses.append(loss / len(parts))
-        used += drawn
-        grads.append(_taken(params))
+        grads.append(taken)
     _write(buffers, after)
-    _put(params, reduce.in_one_process(grads, reduction, params))
-    return sum(losses), used
+    how.put(
+        [
+            reduce.in_one_process(of_ranks, how.reduction, how.params, how.held)
+            for of_ranks in zip(*grads, strict=True)
+        ]
+    )
+    return total, used
 
 
 def _parts(
@@ -179,6 +237,7 @@ def _parts(
     reduction: Reduction,
     batches: Sequence[Any],
     randoms: Sequence[RandomState | None],
+    params: Tree,
 ) -> list[Part]:
     count, odd = divmod(len(batches), reduction.ranks)
     if odd or not count or record.discarded:
@@ -186,11 +245,16 @@ def _parts(
             f"update {record.index} has {len(batches)} micro-batches of {reduction.ranks} ranks; it"
             " must be as many of each. The folder was changed."
         )
+    if reduction.sharded and not all(params[n].ndim for names in reduction.buckets for n in names):
+        raise IntegrityError(
+            f"update {record.index} has a parameter without dimensions among those sharded. The"
+            " folder was changed."
+        )
     parts: list[Part] = []
     for rank in range(reduction.ranks):
         at = slice(rank * count, (rank + 1) * count)
         weights = record.weights and tuple(w * reduction.ranks for w in record.weights[at])
-        parts.append(Part(batches[at], randoms[at], weights))
+        parts.append(Part(batches[at], randoms[at], weights, count))
     return parts
 
 
@@ -216,12 +280,6 @@ def _taken(params: Tree) -> Tree:
         if p.grad is not None:
             found[name], p.grad = p.grad, None
     return found
-
-
-def _put(params: Tree, grads: Tree) -> None:
-    for name, grad in grads.items():
-        if params[name].requires_grad:
-            params[name].grad = grad
 
 
 def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

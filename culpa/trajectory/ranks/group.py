@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -19,6 +19,7 @@ from culpa.errors import OptionError, RecordError, StoreError
 
 FIRST = 0
 """The rank that writes."""
+T = TypeVar("T")
 
 
 class Ranks:
@@ -87,6 +88,25 @@ class Ranks:
         if said:
             raise StoreError(said.decode())
 
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What every rank does by itself; all of them raise if it fails on one.
+
+        Raises:
+            StoreError: where it did not fail, with the message of a rank where it did.
+        """
+        failure, said, result = None, b"", list[T]()
+        try:
+            result.append(work())
+        except Exception as error:  # noqa: BLE001 (raised below, once the others know)
+            failure, said = error, f"{type(error).__name__}: {error}".encode()
+        told = self.everywhere(said)
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(told):
+            if message:
+                raise StoreError(f"on rank {rank}: {message.decode()}")
+        return result[0]
+
     def meet(self, seconds: float) -> None:
         """Wait for all ranks.
 
@@ -117,6 +137,13 @@ def _tensor(data: bytes) -> Tensor:
 def several() -> bool:
     """Whether this process is one of a torch.distributed job of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def backend_of(group: Any, device: str) -> str:
+    """What carries tensors on a kind of device in a process group: ``"gloo"``, ``"nccl"``, ..."""
+    configured = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
+    by_device = dict(part.split(":") for part in configured.split(",") if ":" in part)
+    return by_device.get(device, dist.get_backend(group))
 
 
 _known: dict[str, tuple[Any, Ranks]] = {}

@@ -15,7 +15,9 @@ from culpa.trajectory.chain import StepDetail
 from culpa.trajectory.commits import Commit
 from culpa.trajectory.digest import raw_bytes
 from culpa.trajectory.forms import Form, Placement
+from culpa.trajectory.items import Noted
 from culpa.trajectory.layout import Layout, dtype_of, leaves_of
+from culpa.trajectory.log import of_rank
 from culpa.trajectory.rng import RandomState
 
 
@@ -37,6 +39,8 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     hypers: bytes
     detail: StepDetail
     batches: list[SentBatch]
+    notes: list[Noted]
+    """Where this rank is to go on after a crash, as its log would keep it."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -59,10 +63,11 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     after: int
 
 
-def part_of(commit: Commit) -> Part:
-    """What to send of a commit."""
+def part_of(commit: Commit, ended: Sequence[Noted] = ()) -> Part:
+    """What to send of a commit, and of the loops that ended before it."""
     sent = [_sent(batch, random) for batch, random in commit.batches]
-    return Part(commit.index, commit.stage.name, commit.hypers, commit.detail, sent)
+    notes = [*ended, *commit.notes()]
+    return Part(commit.index, commit.stage.name, commit.hypers, commit.detail, sent, notes)
 
 
 def _sent(batch: EncodedBatch, random: RandomState | None) -> SentBatch:
@@ -87,7 +92,7 @@ def joined(commit: Commit, others: Sequence[Part]) -> Commit:
     Raises:
         RecordError: if they are parts of different updates.
     """
-    own = part_of(replace(commit, batches=()))
+    own = part_of(replace(commit, batches=(), draws=(), point=None))
     for rank, part in enumerate(others, 1):
         for what, here, there in (
             ("update", own.index, part.index),
@@ -110,8 +115,10 @@ def joined(commit: Commit, others: Sequence[Part]) -> Commit:
     )
     received = [_received(batch) for part in others for batch in part.batches]
     batches = [*commit.batches, *received]
-    # Where a rank's generators stood, only that rank knows: there is no point to go on from.
-    return replace(commit, batches=batches, detail=detail, draws=(), point=None)
+    notes = [
+        (of_rank(r, key), content) for r, p in enumerate(others, 1) for key, content in p.notes
+    ]
+    return replace(commit, batches=batches, detail=detail, others=notes)
 
 
 def _common(detail: StepDetail) -> StepDetail:

@@ -1,20 +1,27 @@
-"""Gradients of several ranks made one, bit for bit as ``DistributedDataParallel`` does it.
+"""Gradients of several ranks made one, bit for bit as DDP or FSDP2 does it.
 
 DDP lays the gradients of a bucket end to end, multiplies by 1/N and lets the backend sum over the
 ranks. In which order the ranks' numbers are added is up to the backend: gloo's ring adds those of
 chunk c of a bucket in the order of ranks c-1, c-2, ..., c (modulo N), the chunks being those that
 ``_chunk`` computes (gloo/allreduce.cc). So one process can add as N did. Other backends' orders
 are not known; there one process adds in the order of ranks, and the drift is measured.
+
+FSDP2 lays the gradients of a group as ``shards.packed`` does, without parameters that got none, and
+lets the backend reduce-scatter their mean in float32 and bfloat16. In other types it divides by a
+power of two, lets the backend sum, and divides by the rest of N. Gloo reduces and scatters by the
+same ring, over all of the group, and divides the sum by N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from culpa.trajectory.ranks.shards import packed, unpacked
 from culpa.trajectory.schema import Reduction
 from culpa.tree import Tree
 
@@ -22,33 +29,98 @@ SEGMENT = 2**20
 """Bytes that gloo's ring sends at once, at most."""
 
 
-def across_ranks(own: Mapping[str, Tensor], reduction: Reduction, params: Tree) -> Tree:
+def across_ranks(
+    own: Mapping[str, Tensor], reduction: Reduction, params: Tree, held: Collection[str]
+) -> Tree:
     """The mean over the processes of this job, of each of which ``own`` are the gradients.
 
     Args:
         own: by parameter; missing is zero.
         reduction: as recorded.
         params: the live parameters, for shapes and strides.
+        held: what the optimizer holds.
     """
     found: Tree = {}
-    for names in reduction.buckets:
-        bucket, views = _filled(own, names, params, reduction.ranks)
-        dist.all_reduce(bucket)
-        found |= _taken(views, params)
+    for names in _together(own, reduction, held):
+        if reduction.sharded:
+            rows, before, after = _shards(own, names, params, reduction.ranks)
+            found |= _unsharded(_scattered(rows.div_(before), after), names, params)
+        else:
+            bucket, views = _filled(own, names, params, reduction.ranks)
+            dist.all_reduce(bucket)
+            found |= _taken(views, params)
     return found
 
 
-def in_one_process(parts: Sequence[Mapping[str, Tensor]], reduction: Reduction, p: Tree) -> Tree:
+def in_one_process(
+    parts: Sequence[Mapping[str, Tensor]],
+    reduction: Reduction,
+    params: Tree,
+    held: Collection[str],
+) -> Tree:
     """The same mean of the gradients of all ranks, which are all here; as ``across_ranks``."""
     found: Tree = {}
-    for names in reduction.buckets:
-        buckets = [_filled(part, names, p, reduction.ranks) for part in parts]
-        flat = [bucket for bucket, _ in buckets]
-        total = ring_sum(flat) if reduction.backend == "gloo" else _in_order(flat)
-        bucket, views = buckets[0]
-        bucket.copy_(total)
-        found |= _taken(views, p)
+    for names in _together(parts[0], reduction, held):
+        if reduction.sharded:
+            filled = [_shards(part, names, params, reduction.ranks) for part in parts]
+            rows, before, after = filled[0]
+            total = summed([one.div_(before).reshape(-1) for one, _, _ in filled], reduction)
+            divided = total.div_(reduction.ranks if after is None else after)
+            found |= _unsharded(divided.reshape(rows.shape), names, params)
+        else:
+            buckets = [_filled(part, names, params, reduction.ranks) for part in parts]
+            bucket, views = buckets[0]
+            bucket.copy_(summed([bucket for bucket, _ in buckets], reduction))
+            found |= _taken(views, params)
     return found
+
+
+def _together(
+    own: Mapping[str, Tensor], reduction: Reduction, held: Collection[str]
+) -> Iterator[Sequence[str]]:
+    """The parameters of each collective."""
+    for names in reduction.buckets:
+        # What the optimizer does not hold has no gradient here, and had one in the loop.
+        present = [name for name in names if name in own or name not in held]
+        if not reduction.sharded:
+            yield names
+        elif present:
+            yield present
+
+
+def _shards(
+    grads: Mapping[str, Tensor], names: Sequence[str], params: Tree, ranks: int
+) -> tuple[Tensor, float, float | None]:
+    """The gradients as they are scattered, what divides them before, and after; ``None``: N."""
+    wholes = [grads[n] if n in grads else torch.zeros_like(params[n]) for n in names]
+    rows, before = packed(wholes, ranks), 1
+    if rows.dtype in (torch.float32, torch.bfloat16):
+        return rows, 1.0, None
+    while ranks % before == 0 and ranks / before > before:
+        before *= 2
+    return rows, float(before), ranks / before
+
+
+def _scattered(rows: Tensor, after: float | None) -> Tensor:
+    """Reduce-scattered, divided and gathered again."""
+    own = torch.empty_like(rows[0])
+    single = "reduce_scatter_single"  # called reduce_scatter_tensor before PyTorch 2.13
+    scatter: Any = getattr(dist, single if hasattr(dist, single) else "reduce_scatter_tensor")
+    scatter(own, rows.reshape(-1), op=dist.ReduceOp.AVG if after is None else dist.ReduceOp.SUM)
+    own.div_(1.0 if after is None else after)
+    gathered = [torch.empty_like(own) for _ in rows]
+    dist.all_gather(gathered, own)
+    return torch.stack(gathered)
+
+
+def _unsharded(rows: Tensor, names: Sequence[str], params: Tree) -> Tree:
+    wholes = unpacked(rows, [params[name] for name in names])
+    return dict(zip(names, wholes, strict=True))
+
+
+def summed(parts: Sequence[Tensor], reduction: Reduction) -> Tensor:
+    """The sum of the ranks' flat tensors as the backend adds them, as far as that is known."""
+    return ring_sum(parts) if reduction.backend == "gloo" else _in_order(parts)
 
 
 def ring_sum(parts: Sequence[Tensor]) -> Tensor:

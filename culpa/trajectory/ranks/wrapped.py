@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from culpa.errors import RecordError, UnsupportedError
 from culpa.problem import Problem
-from culpa.trajectory.ranks.group import several
+from culpa.trajectory.observer import Observer
+from culpa.trajectory.ranks.bare import is_sharded
+from culpa.trajectory.ranks.group import backend_of, several
+from culpa.trajectory.ranks.sharded import Sharded
 from culpa.trajectory.schema import Reduction
 from culpa.trajectory.together import Stepper, members_of
 
 
-def wrapper_of(problem: Problem, optimizer: Stepper) -> DistributedDataParallel | None:
-    """The wrapper that makes one update of several ranks' gradients; ``None``: one process trains.
+class Replicated:
+    """A model that ``DistributedDataParallel`` wraps, as a recording deals with it."""
+
+    replicated = True
+    """Whether every rank holds all parameters."""
+    observer: Callable[..., Observer] = Observer
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
+        self.module: nn.Module = wrapper.module
+        self.broadcast_buffers: bool = wrapper.broadcast_buffers
+        self._known: tuple[bool, Reduction] | None = None
+
+    def reduction(self, micro_batches: int) -> Reduction:
+        """How the gradients of an update are reduced, as of now.
+
+        Raises:
+            RecordError: inside of ``join()``.
+        """
+        require_all_ranks(self.wrapper)
+        if self._known is None or self._known[0] != rebuilt(self.wrapper):
+            self._known = rebuilt(self.wrapper), reduction_of(self.wrapper)
+        return self._known[1]
+
+    def bare(self) -> AbstractContextManager[None]:
+        """Inside, the module is as it was before it was wrapped: as it is."""
+        return nullcontext()
+
+    def start(self) -> None:
+        """The recording begins."""
+
+    def stop(self) -> None:
+        """The recording has ended."""
+
+
+def wrapper_of(problem: Problem, optimizer: Stepper) -> Replicated | Sharded | None:
+    """What makes one update of several ranks' gradients; ``None``: one process trains.
 
     Raises:
         UnsupportedError: if several processes train in a way that is not modelled.
     """
+    if is_sharded(problem.model):
+        return Sharded(problem.model, optimizer)
     if not several():
         return None
     wrapper = problem.wrapper
@@ -35,13 +76,11 @@ def wrapper_of(problem: Problem, optimizer: Stepper) -> DistributedDataParallel 
     ways = _unsupported(wrapper, optimizer)
     if ways:
         raise UnsupportedError(f"training on several ranks with {ways[0]} cannot be recorded.")
-    return wrapper
+    return Replicated(wrapper)
 
 
 def _what(model: nn.Module) -> str:
     kinds = [kind.__name__ for kind in type(model).__mro__]
-    if "FSDPModule" in kinds:
-        return "sharded by fully_shard, which is not supported yet"
     if "FullyShardedDataParallel" in kinds:
         return "a FullyShardedDataParallel, which is not supported"
     return f"a {type(model).__name__} that nothing wraps"
@@ -78,16 +117,9 @@ def reduction_of(wrapper: Any) -> Reduction:
     buckets = wrapper.reducer._get_zeros_like_grad_buckets()
     return Reduction(
         wrapper.process_group.size(),
-        _backend(wrapper),
+        backend_of(wrapper.process_group, next(wrapper.module.parameters()).device.type),
         tuple(tuple(names[id(p)] for p in bucket.parameters()) for bucket in buckets),
     )
-
-
-def _backend(wrapper: Any) -> str:
-    device = next(wrapper.module.parameters()).device.type
-    configured = dist.get_backend_config(wrapper.process_group)  # "cpu:gloo,cuda:nccl"
-    by_device = dict(part.split(":") for part in configured.split(",") if ":" in part)
-    return by_device.get(device, dist.get_backend(wrapper.process_group))
 
 
 def require_all_ranks(wrapper: Any) -> None:
