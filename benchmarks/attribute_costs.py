@@ -12,15 +12,15 @@ Four runs, each recorded twice, thinned (the default) and with every state kept:
 Processor time (one thread; the machine may be shared) of the plain loop over batches in memory,
 without culpa, and of ``culpa.attribute``: for 1 and 4 behaviours and with example scores, exact (as
 it is by default), and for the smooth models, ``gelu`` and ``gpt``, with checked differences. All in
-turn in one process; the medians of the ratios within one turn. Peak memory: the largest resident
-set of a process of its own that trains or attributes, less what was resident before (Linux only:
-/proc/self/status).
+turn in one process; the medians of the ratios within one turn. Peak memory is that of a process of
+its own that trains or attributes (Linux only).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spent import peak
 from stages import BATCH, mnist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -195,38 +196,30 @@ def examine(kind: str, kept: str, repeats: int) -> dict[str, Any]:
     return {"case": kind, "record": kept, "ratios": found, "ranges": ranges, "strategy": strategy}
 
 
-def peak(kind: str, kept: str) -> dict[str, Any]:
-    """Megabytes above the process before: of training, and of attributing one behaviour."""
-    sizes = {
-        what: int(subprocess.check_output([sys.executable, __file__, "--peak", kind, kept, what]))
-        for what in ("training", "exact")
-    }
-    return {what: round(size / 1024, 1) for what, size in sizes.items()}
-
-
-def kilobytes(what: str) -> int:
-    """Of this process: ``"VmRSS"``, resident now, or ``"VmHWM"``, at most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+def peaks(kind: str, kept: str) -> dict[str, Any]:
+    """Megabytes above what the process held before, and of all of the process, at the most."""
+    command = [sys.executable, __file__, "--peak", kind, kept]
+    found: dict[str, Any] = {}
+    for what in ("training", "exact"):
+        raised, whole = map(int, subprocess.check_output([*command, what]).split())
+        found[what] = {"raised": round(raised / 1e6, 1), "whole": round(whole / 1e6, 1)}
+    return found
 
 
 def child(kind: str, kept: str, what: str) -> None:
-    """Prints kilobytes."""
+    """Prints two numbers of bytes: see ``peaks``."""
     with tempfile.TemporaryDirectory() as folder:
-        case = case_of(kind)
+        case, path = case_of(kind), Path(folder) / "run"
         loss(case.model, case.batches[0]).backward()  # what torch sets up once
         case.model.zero_grad()
-        path = Path(folder) / "run"
+        work: Callable[[], Any] = partial(train, case)
         if what != "training":
             subprocess.check_call([sys.executable, __file__, "--peak", kind, kept, str(path)])
-            run = culpa.open_run(path)
-        before = kilobytes("VmRSS")
-        if what == "training":
-            train(case)
-        else:
-            problem = culpa.Problem(case.model, loss, losses)
-            culpa.attribute(run, problem, behaviours(case)[:1], propagator=EXACT)
-        print(kilobytes("VmHWM") - before)
+            run, problem = culpa.open_run(path), culpa.Problem(case.model, loss, losses)
+            asked = behaviours(case)[:1]
+            work = partial(culpa.attribute, run, problem, asked, propagator=EXACT)
+        raised = peak(work)
+        print(raised, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def main() -> None:
@@ -254,7 +247,7 @@ def main() -> None:
             continue
         for kept in KEPT:
             found = examine(kind, kept, given.repeats)
-            results.append(found | {"updates": UPDATES[kind], "peak MB": peak(kind, kept)})
+            results.append(found | {"updates": UPDATES[kind], "peak MB": peaks(kind, kept)})
             print(json.dumps(results[-1]), flush=True)
             if given.out is not None:
                 given.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,6 +24,8 @@ PAGES = {
 Results = Mapping[str, Any]
 GAPS = ("steps", "stages", "examples")
 """Of scores."""
+MB = ("raised", "whole")
+"""Of peak memory."""
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -76,12 +78,13 @@ def attribute(results: Sequence[Results]) -> str:
             by_example = ratios[f"{way}, 1 and examples"]
             cells += [f"{one:.2f} ({low:.2f}-{high:.2f})", f"{(four - one) / 3:.2f}"]
             cells.append(f"{by_example:.2f}")
-        cells.append(f"{peak['exact'] / peak['training']:.2f}")
+        (before, after), (was, now) = ([peak[w][of] for w in ("training", "exact")] for of in MB)
+        cells.append(f"{before:.0f} → {after:.0f} MB ({now / was:.2f})")
         rows.append([f"{result['case']}, {result['updates']} updates", result["record"], *cells])
     columns = ["run", "record", "replay alone"]
     for way in ("exact", "checked differences"):
         columns += [way, "each further", "with examples"]
-    return table([*columns, "peak memory, of training's"], rows)
+    return table([*columns, "memory"], rows)
 
 
 def growth(results: Results) -> str:
