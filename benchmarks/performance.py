@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
-    ROOT / "docs" / "performance.md": ("peers", "growth", "guard"),
+    ROOT / "docs" / "performance.md": ("recording", "peers", "growth", "guard"),
     ROOT / "docs" / "scaling.md": ("held", "parameters", "fanout"),
     ROOT / "docs" / "results" / "attribute_costs.md": ("attribute",),
 }
@@ -61,6 +61,23 @@ def peers(bergson: Results, dattri: Results) -> str:
         rows.append(["digits, SGD" * (at == 0), name, times[name], "", said])
     columns = ["task", "method", "times plain training", "peak memory", "agreement"]
     return f"{table(columns, rows)}{_note(bergson)}{_note(dattri)}"
+
+
+def recording(results: Results) -> str:
+    """Time over the same loop alone, and bytes over those of every state."""
+    rows = [
+        [
+            f"{r['case']}; {r['updates']:,} updates",
+            f"{r['plain_microseconds_cpu'] / 1e3:.3g} ms",
+            f"{r['ratio']:.2f} ({r['ratio_range'][0]:.2f}-{r['ratio_range'][1]:.2f})",
+            f"{r['ratio_loop']:.2f}",
+            f"{r['ratio_cpu_of_training_thread']:.2f}",
+            f"{r['total_to_every_state']:.2f}",
+        ]
+        for r in results["results"]
+    ]
+    columns = ["run", "an update", "times plain training", "in the loop"]
+    return table([*columns, "its own processor time", "bytes, of every state's"], rows)
 
 
 def attribute(results: Sequence[Results]) -> str:
@@ -184,6 +201,7 @@ def rendered(page: Path) -> str:
 
     tables = {
         "peers": lambda: peers(load("peers_bergson"), load("peers_dattri")),
+        "recording": lambda: recording(load("recording")),
         "attribute": lambda: attribute(load("attribute_costs")),
         "growth": lambda: growth(load("growth")),
         "guard": lambda: guard(load("guard")),
