@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from culpa import tree
 from culpa.errors import ProblemError, RecordError, UnsupportedError
@@ -220,9 +221,10 @@ class Observer:
             self._walked = [(n, m, dict(m.__dict__["_modules"])) for n, m in walked]
         return self._walked
 
-    def without_gradient(self) -> tuple[str, ...]:
-        """The names of held parameters without a gradient."""
-        return tuple(name for name, p in self.held.items() if p.grad is None)
+    def without_gradient(self, member: Optimizer) -> set[str]:
+        """The names of the parameters of one optimizer that have no gradient."""
+        every = (p for group in member.param_groups for p in group["params"])
+        return {self.names[p] for p in every if p.grad is None}
 
     def gradients(self) -> Tree:
         """Copies of the live gradients."""

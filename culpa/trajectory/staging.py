@@ -59,6 +59,7 @@ class Staging(ABC):
     _stepped: list[Optimizer]
     _inside: dict[Optimizer, int]
     _with_state: list[Optimizer]
+    _without: set[str]
 
     @abstractmethod
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -191,6 +192,7 @@ class Staging(ABC):
         if optimizer in self._stepped:
             raise RecordError(self._half_made())
         if not self._stepped:
+            self._without = set()
             members = self._observer.members
             cleared = [m for m in self._with_state if not m.state]
             if cleared and len(cleared) < len(self._with_state):
@@ -207,6 +209,8 @@ class Staging(ABC):
             return
         members = self._observer.members
         self._stepped.append(optimizer)
+        # Now: a loop may clear one optimizer's gradients before the next one steps.
+        self._without |= self._observer.without_gradient(optimizer)
         if len(self._stepped) == len(members):
             self._stepped = []
             self._after_step(self._observer.optimizer, args, kwargs)

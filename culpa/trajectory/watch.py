@@ -78,6 +78,7 @@ class Watch(Staging):
         self._stepped = []
         self._inside = {}
         self._with_state = []
+        self._without = set()  # parameters without a gradient, of the optimizers that have stepped
         self._scale: float | None = None  # of the scaler, for the micro-batches pending
         self._discarded = 0  # of those pending, how many belong to updates that it skipped
         self._aim()
@@ -168,7 +169,7 @@ class Watch(Staging):
             reset=self._fresh,
             drew_randomness=any(r not in (None, after_random) for _, r in self._pending),
             evaluating=observer.evaluating(),
-            without_gradient=observer.without_gradient(),
+            without_gradient=tuple(n for n in observer.held if n in self._without),
             loss=self._loss,
             clip_grad_value=self._settings.clip_grad_value,
             loss_scale=self._scale,

@@ -76,6 +76,22 @@ def test_two_optimizers(build: Callable[[nn.Module], list[Optimizer]], tmp_path:
     assert_modelled(loop, run, again)
 
 
+def test_each_may_clear_its_gradients_as_soon_as_it_has_stepped(tmp_path: Path) -> None:
+    def in_turn(model: nn.Module, opened: Open) -> None:
+        optimizers = pair(model)
+        with opened(problem(model), optimizers) as driver:
+            for batch in driver.batches(BATCHES):
+                cross_entropy(model, batch).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    loop = Loop(seeded(0, net), in_turn, problem, log_likelihoods, held_out())
+    run, again = assert_replayed(loop, tmp_path / "run")
+    assert all(run.step(k).without_gradient == () for k in range(run.num_steps))
+    assert_modelled(loop, run, again)
+
+
 def test_another_pair_takes_over_and_then_one(tmp_path: Path) -> None:
     def changing(model: nn.Module, opened: Open) -> None:
         optimizers = pair(model)
