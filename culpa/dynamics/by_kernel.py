@@ -53,6 +53,8 @@ def _convolved(given: dict[str, Any], dimensions: int) -> Tensor | None:
     at = convolution.geometry(dimensions, **given)
     if at is None or not convolution.written_out(inputs, weight):
         return None
+    if torch.is_autocast_enabled(inputs.device.type):
+        return None  # it would convolve in half precision, and what the loop did is wanted
     return convolution.convolve(inputs, weight, bias, at)
 
 

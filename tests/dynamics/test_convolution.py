@@ -96,6 +96,16 @@ def test_layers_run_on_it(layer: Any) -> None:
     assert torch.allclose(alone, layer(x[0]), atol=1e-6)
 
 
+def test_autocast_convolves_in_half_precision_as_it_did_for_the_loop() -> None:
+    layer, x = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        truth = layer(x)
+        with ByKernel():
+            found = layer(x)
+    assert found.dtype is truth.dtype is torch.bfloat16
+    assert torch.equal(found, truth)
+
+
 def test_what_it_is_not_written_for_is_left_to_torch() -> None:
     wide = torch.randn(1, 1, 4, 4)
     assert written_out(wide, torch.ones(1, 1, 2, 2))
