@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,4 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 Make = Callable[[Any], torch.optim.Optimizer]
-MOMENTUM: Make = lambda params: torch.optim.SGD(  # noqa: E731
-    params, lr=0.05, momentum=0.9, weight_decay=0.01
-)
+MOMENTUM: Make = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)

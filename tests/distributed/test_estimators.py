@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ from culpa.dynamics import shares
 from tests.distributed.processes import run_ranks
 from tests.distributed.training import Case, loss
 
-SGD: Callable[[Any], torch.optim.Optimizer] = lambda params: torch.optim.SGD(  # noqa: E731
-    params, lr=0.05, momentum=0.9
-)
+SGD: Callable[[Any], torch.optim.Optimizer] = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def record_alone(job: Case, path: Path, function: Any = loss) -> None:
