@@ -51,9 +51,15 @@ def written_out(inputs: Tensor, weight: Tensor) -> bool:
     return inputs.ndim == weight.ndim and inputs.dtype == weight.dtype and inputs.dtype in _WIDE
 
 
-def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
-    """``torch.conv1d``, ``conv2d`` or ``conv3d``. Reverse mode only; differentiable twice."""
-    found: Any = _Convolve.apply(inputs, weight, bias, at)
+def convolve(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry, apart: bool = False
+) -> Tensor:
+    """``torch.conv1d``, ``conv2d`` or ``conv3d``. Reverse mode only; differentiable twice.
+
+    ``apart``: a backward pass that is itself differentiated gives no gradient by weight and bias
+    (curvature/apart.py, which takes them another way).
+    """
+    found: Any = _Convolve.apply(inputs, weight, bias, at, apart)
     return found
 
 
@@ -61,10 +67,12 @@ class _Convolve(Function):
     """(x, w, bias) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, at: Geometry, apart: bool
+    ) -> Tensor:
         """torch's."""
         ctx.save_for_backward(x, w)
-        ctx.at = at
+        ctx.at, ctx.apart = at, apart
         return _forward(x, w, bias, at)
 
     @staticmethod
@@ -72,9 +80,11 @@ class _Convolve(Function):
         """Differentiable once more."""
         (g,) = cotangents
         x, w = ctx.saved_tensors
-        of_x, of_w, of_bias, _ = ctx.needs_input_grad
+        of_x, of_w, of_bias, _, _ = ctx.needs_input_grad
+        if ctx.apart and torch.is_grad_enabled():
+            of_w = of_bias = False
         found: Any = _Backward.apply(g, x, w, ctx.at, (of_x, of_w)) if of_x or of_w else (None,) * 2
-        return *found, g.sum([0, *range(2, g.ndim)]) if of_bias else None, None
+        return *found, g.sum([0, *range(2, g.ndim)]) if of_bias else None, None, None
 
 
 class _Backward(Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from culpa import tree
-from culpa.dynamics.by_kernel import ByKernel, gains
+from culpa.dynamics.by_kernel import ByKernel
 from culpa.dynamics.shares import decide, over_ranks
 from culpa.errors import UnsupportedError
 from culpa.problem import Problem
@@ -222,9 +222,9 @@ class LocalLoss:
 
 
 @contextmanager
-def reversible_twice(local: LocalLoss) -> Generator[None]:
+def reversible_twice() -> Generator[None]:
     """``differentiable_twice`` in reverse mode only, in which some layers are quicker."""
-    with differentiable_twice(), ByKernel() if gains(local.problem.model) else nullcontext():
+    with differentiable_twice(), ByKernel():
         yield
 
 

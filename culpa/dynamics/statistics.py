@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from culpa import tree
+from culpa.dynamics.curvature.apart import Apart, Slopes, apart
 from culpa.dynamics.follow import Follow
 from culpa.dynamics.local import LocalLoss, reversible_twice
 from culpa.dynamics.running import floating, owner_of, unknown
@@ -114,22 +115,26 @@ def pullback(
     theta, moving = _leaves(local, running)
     columns = _columns(local, running)
     found: list[tuple[Tree, Tree]] = []
-    with torch.enable_grad(), reversible_twice(local):
-        traced = trace(local, theta, moving)
+    with torch.enable_grad(), reversible_twice():
+        if curved:
+            traced, mode = apart(lambda: trace(local, theta, moving), theta)
+        else:
+            traced, mode = trace(local, theta, moving), Apart(theta)
         _check_followed(local, traced, moving)
         after = [traced.buffers[n] for n in moving]
-        crossed = curved or bool(traced.read & moving.keys())
+        crossed = not curved and bool(traced.read & moving.keys())
+        bent = Slopes(traced.loss, theta, mode) if curved else None
         slopes = _gradients([traced.loss], theta) if crossed else {}
         for w, p in zip(gradients, cotangents, strict=True):
             weights = [_entry(p, n, v) for n, v in moving.items()]
-            bent = [_entry(w, n, theta[n]) for n in slopes]
-            if curved:
-                both = [*after, *slopes.values()]
-                pulled = _gradients(both, theta | moving, [*weights, *bent], graph=False)
+            if bent is not None:
+                whole = {n: _entry(w, n, v) for n, v in theta.items()}
+                pulled = bent.pull(whole, list(zip(after, weights, strict=True)), moving)
             else:
                 pulled = _gradients(after, theta | moving, weights, graph=False)
                 if any(slope.requires_grad for slope in slopes.values()):
-                    across = _gradients(list(slopes.values()), moving, bent, graph=False)
+                    along = [_entry(w, n, theta[n]) for n in slopes]
+                    across = _gradients(list(slopes.values()), moving, along, graph=False)
                     pulled |= {n: pulled[n] + v for n, v in across.items()}
             for count, column in columns.items():
                 pulled[count] = _entry(p, count) + tree.dot(column, p)
@@ -151,7 +156,7 @@ def pushforward(
     theta, moving = _leaves(local, running)
     into = [_entry(displacement, n, v) for n, v in theta.items()]
     aside = [_entry(statistics, n, v) for n, v in moving.items()]
-    with torch.enable_grad(), reversible_twice(local):
+    with torch.enable_grad(), reversible_twice():
         traced = trace(local, theta, moving)
         _check_followed(local, traced, moving)
         after = [traced.buffers[n] for n in moving]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from culpa import tree
-from culpa.dynamics.local import LocalLoss, differentiable_twice, reversible_twice
+from culpa.dynamics.curvature.apart import Slopes, apart
+from culpa.dynamics.local import LocalLoss, differentiable_twice
 from culpa.dynamics.shares import over_ranks
 from culpa.errors import UnsupportedError
 from culpa.tree import Tree
@@ -30,30 +31,11 @@ scores within 2e-3 at 5e-5 (docs/results/attribute_costs.md); another dtype take
 def reverse_over_reverse(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
     """grad of <grad L, v>, all vectors sharing one graph: 1.5 + Q gradients."""
     leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
-    inputs = list(leaves.values())
-    with torch.enable_grad(), reversible_twice(local):
-        grads = torch.autograd.grad(
-            local.value(leaves),
-            inputs,
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        attached = [(g, name) for g, name in zip(grads, leaves, strict=True) if g.requires_grad]
-        if not attached:  # a loss that is linear in the parameters
-            return [tree.zeros_like(at) for _ in vectors]
-        products: list[Tree] = []
-        for i, v in enumerate(vectors):
-            found = torch.autograd.grad(
-                [g for g, _ in attached],
-                inputs,
-                [v[name] for _, name in attached],
-                retain_graph=i + 1 < len(vectors),
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            products.append(dict(zip(leaves, found, strict=True)))
-    return products
+    last = len(vectors) - 1
+    with torch.enable_grad(), differentiable_twice():
+        value, mode = apart(lambda: local.value(leaves), leaves)
+        slopes = Slopes(value, leaves, mode)
+        return [slopes.pull(v, retain=i < last) for i, v in enumerate(vectors)]
 
 
 def forward_over_reverse(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
