@@ -2,12 +2,17 @@
 
 A missing key is a zero tensor: an optimizer's slot that does not exist yet is the zero of its
 space, and every function here treats it so.
+
+Of processes that hold a part of every tensor each, inner products and norms are those of the whole:
+see ``parts_of_a_whole``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -16,10 +21,30 @@ Tree = dict[str, Tensor]
 """Tensors by name."""
 Slots = dict[str, Tree]
 """An optimizer's state: slot name (such as ``"momentum_buffer"``) -> tensors by name."""
-BLOCK = 2**16
-"""Numbers that inner products take at a time: they stay in the processor's cache."""
+BLOCK = 2**20
+"""Numbers that inner products take at a time; cutting tensors up costs as much as smaller ones."""
+SMALL = 2**16
+"""The same where they are turned into float64 first, which is to stay in the processor's cache."""
 _WIDE = (torch.float32, torch.float64)
 _SAFE = (1e-24, 1e24)
+Reduce = Callable[[float], float]
+_total: ContextVar[Reduce] = ContextVar("sum over processes", default=float)
+_most: ContextVar[Reduce] = ContextVar("largest of all processes", default=float)
+
+
+@contextmanager
+def parts_of_a_whole(total: Reduce, most: Reduce) -> Generator[None]:
+    """Inside, trees are parts of those that several processes hold together.
+
+    Args:
+        total, most: the sum and the largest of what the processes pass, each of which must call it.
+    """
+    tokens = _total.set(total), _most.set(most)
+    try:
+        yield
+    finally:
+        _total.reset(tokens[0])
+        _most.reset(tokens[1])
 
 
 def clone(tree: Mapping[str, Tensor]) -> Tree:
@@ -69,13 +94,13 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     The blocks are added up in float64. Rounding: some 1e-8 of ||a|| ||b|| in float32. The memory
     of a whole tensor in float64 takes forty times as long as the sum itself.
     """
-    return math.fsum([part for n in a if n in b for part in _blocks(a[n], b[n])])
+    return _total.get()(math.fsum([part for n in a if n in b for part in _blocks(a[n], b[n])]))
 
 
 def _blocks(a: Tensor, b: Tensor, exact: bool = False) -> list[float]:
     left, right = a.detach().reshape(-1), b.detach().reshape(-1)
     if exact or left.dtype != right.dtype or left.dtype not in _WIDE:
-        pairs = zip(left.split(BLOCK), right.split(BLOCK), strict=True)
+        pairs = zip(left.split(SMALL), right.split(SMALL), strict=True)
         return [torch.dot(x.double(), y.double()).item() for x, y in pairs]
     if left.numel() <= BLOCK:
         return [torch.dot(left, right).item()]
@@ -87,10 +112,18 @@ def norm(tree: Mapping[str, Tensor]) -> float:
     """Euclidean norm, as exact as ``dot``; nan if anything is."""
     square = dot(tree, tree)
     if not _SAFE[0] < square < _SAFE[1]:  # squares in float32 end where their roots do not
-        square = math.fsum([x for v in tree.values() for x in _blocks(v, v, exact=True)])
+        own = math.fsum([x for v in tree.values() for x in _blocks(v, v, exact=True)])
+        square = _total.get()(own)
     return math.sqrt(max(square, 0.0))
+
+
+def largest(tree: Mapping[str, Tensor]) -> float:
+    """The largest absolute value of all entries."""
+    own = (float(value.detach().abs().max()) for value in tree.values() if value.numel())
+    return _most.get()(max(own, default=0.0))
 
 
 def is_finite(tree: Mapping[str, Tensor]) -> bool:
     """Whether every entry of every tensor is finite."""
-    return all(bool(torch.isfinite(value).all()) for value in tree.values())
+    finite = all(bool(torch.isfinite(value).all()) for value in tree.values())
+    return _total.get()(0.0 if finite else 1.0) == 0.0

@@ -37,12 +37,13 @@ class Probes:
         self._last = num_steps
         self._found: list[float] = []
         self._weights: list[int] = []
+        self._clear = False
 
     def due(self, index: int) -> bool:
         """Whether update ``index`` is to be probed."""
         if not self._found:
             return True
-        every = self.every * (SPARSE if self._clear() else 1)
+        every = self.every * (SPARSE if self._clear else 1)
         return self._last - index >= every
 
     def add(self, index: int, residual: float) -> None:
@@ -50,6 +51,7 @@ class Probes:
         self._found.append(residual)
         self._weights.append(self._last - index)
         self._last = index
+        self._clear = self._is_clear()
 
     @property
     def settled(self) -> bool:
@@ -62,7 +64,7 @@ class Probes:
         total = sum(w * r for w, r in zip(self._weights, self._found, strict=True))
         return total / sum(self._weights) if self._weights else math.nan
 
-    def _clear(self) -> bool:
+    def _is_clear(self) -> bool:
         if not self.settled or not math.isfinite(self.mean):
             return False
         error = CLEAR * stdev(self._found) / math.sqrt(len(self._found))
