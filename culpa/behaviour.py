@@ -66,9 +66,12 @@ class Behaviour:
         return values
 
     def values(self, model: nn.Module) -> Float64[Tensor, " n"]:
-        """gamma at the model as it is, in evaluation mode: float64 ``[n]``, no gradient."""
+        """gamma at the model as it is, in evaluation mode: float64 ``[n]``, on the CPU.
+
+        No gradient.
+        """
         with evaluation_mode(model), torch.no_grad():
-            return self.checked(self.function(model, self.batch)).double()
+            return self.checked(self.function(model, self.batch)).double().cpu()
 
 
 @contextmanager

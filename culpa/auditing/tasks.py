@@ -26,6 +26,7 @@ from culpa.progress import Progress
 from culpa.trajectory.replay import model_state, replay, values_at
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import Stage
+from culpa.trajectory.state import on_cpu
 from culpa.trajectory.walk import session
 from culpa.tree import Tree
 
@@ -176,7 +177,8 @@ class Bench:
             with session(self.run, self.problem, self.allow_drift):
                 final, buffers = model_state(self.run)
                 self._gradients = [
-                    gradient_of(self.problem, b, final, buffers, names) for b in self.behaviours
+                    on_cpu(gradient_of(self.problem, b, final, buffers, names))
+                    for b in self.behaviours
                 ]
         return self._gradients
 

@@ -26,8 +26,10 @@ from culpa.estimators.trust import Trust
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.hold import Hold, told
+from culpa.trajectory.ranks import afterwards
 from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
+from culpa.trajectory.state import on_model
 from culpa.trajectory.walk import session
 from culpa.tree import Tree
 
@@ -154,6 +156,13 @@ def attribute(
             " batch) -> [B] whose mean is the loss."
         )
     running = running_statistics(run, problem)
+    afterwards.refuse(
+        {
+            "order=2": order == 2,
+            "smoothing": smoothing is not None,
+            f"scores through running statistics ({', '.join(running[:1])})": bool(running),
+        }
+    )
     rules = Rules(problem.optimizers)
     for k in _optimizer_changes(run):
         rules.require_differentiable(run.step(k).groups)
@@ -239,8 +248,10 @@ def gradients_of(
 ) -> tuple[Tree, Tree]:
     """The gradients of the behaviour's mean by the parameters and the statistics of these names.
 
-    Of ``running`` only the floating-point buffers have one.
+    Of ``running`` only the floating-point buffers have one. All are where the model is, wherever
+    ``params`` and ``buffers`` are.
     """
+    params, buffers = on_model(problem.model, params), on_model(problem.model, buffers)
     trained = floating({name: params[name] for name in names})  # integers stand still
     leaves = {name: value.detach().requires_grad_() for name, value in trained.items()}
     moving = {
@@ -259,7 +270,7 @@ def gradients_of(
             )
     count = len(leaves)
     return (
-        dict(zip(leaves, found[:count], strict=True)),
+        afterwards.mean(dict(zip(leaves, found[:count], strict=True))),
         dict(zip(moving, found[count:], strict=True)),
     )
 

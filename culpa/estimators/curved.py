@@ -26,6 +26,7 @@ from culpa.dynamics.local import differentiable_twice
 from culpa.dynamics.running import floating
 from culpa.errors import OptionError, UnsupportedError
 from culpa.problem import Problem
+from culpa.trajectory.state import on_model
 from culpa.tree import Tree
 
 RANK = 8
@@ -86,6 +87,7 @@ def curvature(
     Raises:
         UnsupportedError: for a model whose derivative has none.
     """
+    params, buffers = on_model(problem.model, params), on_model(problem.model, buffers)
     trained = floating({name: params[name] for name in names})
     leaves = {name: value.detach().requires_grad_() for name, value in trained.items()}
     value = mean_at(problem, behaviour, params, buffers, leaves, {})

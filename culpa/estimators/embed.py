@@ -22,9 +22,11 @@ from culpa.estimators.tangent import FORMS, Additive, Carried
 from culpa.estimators.trust import DOUBTFUL, NOT_IDENTIFIED, TRUSTED, grade_stage
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
+from culpa.trajectory.ranks import afterwards
 from culpa.trajectory.replay import check_counterfactual
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import Stage
+from culpa.trajectory.state import on_cpu
 from culpa.trajectory.walk import forward, session
 
 
@@ -105,6 +107,12 @@ def embed(
             progress=progress,
         )
     running = running_statistics(run, problem)
+    afterwards.refuse(
+        {
+            "order=2": order == 2,
+            f"embeddings through running statistics ({', '.join(running[:1])})": bool(running),
+        }
+    )
     wanted, chosen = sorted(wanted, key=lambda s: s.start), propagator or Exact(at="gauss")
     first, watch = wanted[0].start, progress or Silent()
     rules = Rules(problem.optimizers)
@@ -147,8 +155,8 @@ def embed(
         "root_digest": run.root_digest,
         "claim": engine.fidelity.claim,
     }
-    displacements = {one.stage.name: one.displacement for one in carried}
-    statistics = {one.stage.name: one.statistics for one in carried}
+    displacements = {one.stage.name: on_cpu(one.displacement) for one in carried}
+    statistics = {one.stage.name: on_cpu(one.statistics) for one in carried}
     return StageEmbeddings(
         wanted, displacements, trust, final, run.final_buffers(), facts, problem, statistics
     )

@@ -23,7 +23,9 @@ from culpa.estimators import directional
 from culpa.problem import Problem
 from culpa.trajectory import rng
 from culpa.trajectory.files import write_durably
+from culpa.trajectory.ranks.afterwards import first_writes, own, whole_on_first
 from culpa.trajectory.schema import Stage
+from culpa.trajectory.state import on_cpu, on_model
 from culpa.tree import Tree
 
 FORMAT = 2
@@ -46,6 +48,9 @@ class StageTrust(msgspec.Struct, frozen=True):
 
 class StageEmbeddings(Mapping[str, Tree]):
     """``embeddings[name]`` is theta_K - theta_K(without the stage), estimated, by parameter name.
+
+    All tensors in it are on the CPU (frozen ones by reference: the given tensors); ``score`` and
+    ``effect`` take them to the model.
 
     Attributes:
         stages: the embedded stages in order of time.
@@ -112,27 +117,23 @@ class StageEmbeddings(Mapping[str, Tree]):
         second order. Cost: one forward-mode product per stage; at order 2 about eight.
         """
         problem = self._problem()
+        everything = on_model(problem.model, self.final | self.buffers)
 
         def values(tensors: Tree) -> Tensor:
-            everything = (
-                {n: tensors.get(n, value) for n, value in self.final.items()},
-                {n: tensors.get(n, value) for n, value in self.buffers.items()},
-            )
-            return behaviour.checked(
-                evaluate(problem, behaviour.function, *everything, behaviour.batch)
-            )
+            here = everything | tensors
+            parts = {n: here[n] for n in self.final}, {n: here[n] for n in self.buffers}
+            return behaviour.checked(evaluate(problem, behaviour.function, *parts, behaviour.batch))
 
         rows: list[Tensor] = []
         with rng.preserved(), evaluation_mode(problem.model), differentiable_twice():
             for stage, displacement in self._displacements.items():
-                along = displacement | floating(self.statistics[stage])
-                everything = self.final | self.buffers
+                along = on_model(problem.model, displacement | floating(self.statistics[stage]))
                 at = {name: everything[name] for name in along}
                 row = directional.first(values, at, along)
                 if self.facts.get("order") == "2":
                     row = row - 0.5 * directional.second(values, at, along)
                 rows.append(row)
-        return torch.stack(rows).double()
+        return torch.stack(rows).double().cpu()
 
     def observed(self, behaviour: Behaviour) -> Float64[Tensor, " n"]:
         """gamma(theta_K) per test point, float64 ``[n]``."""
@@ -150,11 +151,16 @@ class StageEmbeddings(Mapping[str, Tree]):
         )
 
     def save(self, path: str | Path) -> None:
-        """Write all of it to one safetensors file; read it with ``StageEmbeddings.load``."""
-        tensors = {f"final/{n}": v for n, v in self.final.items()}
+        """Write all of it to one safetensors file; read it with ``StageEmbeddings.load``.
+
+        Ranks that hold shards all call it, and the first one writes whole tensors.
+        """
+        model = None if self.problem is None else self.problem.model
+        tensors = {f"final/{n}": v for n, v in whole_on_first(self.final, model).items()}
         tensors |= {f"buffers/{n}": v for n, v in self.buffers.items()}
         for at, displacement in enumerate(self._displacements.values()):
-            tensors |= {f"stage/{at}/{n}": v for n, v in displacement.items()}
+            whole = whole_on_first(displacement, model)
+            tensors |= {f"stage/{at}/{n}": v for n, v in whole.items()}
         for at, moved in enumerate(self.statistics.values()):
             tensors |= {f"statistics/{at}/{n}": v for n, v in moved.items()}
         content = {
@@ -164,8 +170,8 @@ class StageEmbeddings(Mapping[str, Tree]):
             "facts": self.facts,
         }
         header = {"culpa": msgspec.json.encode(content).decode()}
-        plain = {n: v.detach().cpu().contiguous() for n, v in tensors.items()}
-        write_durably(Path(path), save(plain, metadata=header))
+        plain = {n: v.contiguous() for n, v in on_cpu(tensors).items()}
+        first_writes(lambda: write_durably(Path(path), save(plain, metadata=header)))
 
     @classmethod
     def load(cls, path: str | Path, problem: Problem | None = None) -> StageEmbeddings:
@@ -192,13 +198,13 @@ class StageEmbeddings(Mapping[str, Tree]):
         def part(prefix: str) -> Tree:
             return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
-        displacements = {s.name: part(f"stage/{at}/") for at, s in enumerate(stages)}
+        displacements = {s.name: own(part(f"stage/{at}/")) for at, s in enumerate(stages)}
         statistics = {s.name: part(f"statistics/{at}/") for at, s in enumerate(stages)}
         return cls(
             stages,
             displacements,
             trust,
-            part("final/"),
+            own(part("final/")),
             part("buffers/"),
             content["facts"],
             problem,
@@ -214,11 +220,13 @@ class StageEmbeddings(Mapping[str, Tree]):
         return self.problem
 
     def _values(self, behaviour: Behaviour, tensors: Tree) -> Tensor:
-        problem, buffers = self._problem(), {n: tensors[n] for n in self.buffers}
+        problem = self._problem()
+        tensors = on_model(problem.model, tensors)
         params = {n: tensors[n] for n in self.final}
+        buffers = {n: tensors[n] for n in self.buffers}
         with rng.preserved(), evaluation_mode(problem.model), torch.no_grad():
             values = problem.call_at(behaviour.function, params, buffers, behaviour.batch)
-            return behaviour.checked(values).double()
+            return behaviour.checked(values).double().cpu()
 
 
 def _restored(trust: dict[str, Any]) -> StageTrust:

@@ -33,6 +33,7 @@ from culpa.estimators.adjoint import gradients_of
 from culpa.estimators.embedding import StageEmbeddings
 from culpa.problem import Problem
 from culpa.trajectory import rng
+from culpa.trajectory.state import on_cpu
 from culpa.tree import Tree
 
 SOURCE = "Sundararajan, Taly, Yan, Axiomatic Attribution for Deep Networks, ICML 2017"
@@ -134,7 +135,7 @@ def _gradient(embeddings: StageEmbeddings, behaviour: Behaviour, where: Tree) ->
         slopes, moving = gradients_of(
             _problem(embeddings), behaviour, params, buffers, names, running
         )
-    return slopes | moving
+    return on_cpu(slopes | moving)  # as the displacements are
 
 
 def _displacements(embeddings: StageEmbeddings) -> list[Tree]:

@@ -16,12 +16,11 @@ from culpa.errors import IntegrityError
 from culpa.trajectory import digest
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.hold import Hold, InMemory, backward
-from culpa.trajectory.ranks.execute import sharing
+from culpa.trajectory.ranks.joined import sharing
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State
 from culpa.trajectory.walk import Transition, forward
-from culpa.tree import Tree
 
 PROVED = 8
 """So many updates of a run are executed and compared bit for bit, whatever could be read."""
@@ -51,8 +50,8 @@ def passage(run: Run, engine: Engine, hold: Hold | None = None) -> Iterator[Tran
     after: State | None = None
     for low, high in zip(reversed(bounds[:-1]), reversed(bounds[1:]), strict=True):
         if high == low + 1 and low not in proved:
-            start = _placed(run.state(low), engine)
-            end = _placed(run.state(high), engine) if after is None else after
+            start = run.state(low).placed(engine.params, engine.buffers)
+            end = after or run.state(high).placed(engine.params, engine.buffers)
             found = _read(run, low, start, end)
             if found is not None:
                 yield found
@@ -90,15 +89,3 @@ def _randoms(run: Run, k: int) -> Sequence[RandomState] | None:
         return ()
     states = run.randoms_of(k)[record.discarded :]
     return [s for s in states if s is not None] if all(s is not None for s in states) else None
-
-
-def _placed(state: State, engine: Engine) -> State:
-    """On the device of the model; numbers that an optimizer keeps elsewhere stay there."""
-    at = engine.params
-
-    def moved(values: Tree) -> Tree:
-        return {n: v.to(at[n].device) if n in at and v.ndim else v for n, v in values.items()}
-
-    buffers = {n: v.to(engine.buffers[n].device) for n, v in state.buffers.items()}
-    slots = {slot: moved(values) for slot, values in state.slots.items()}
-    return State({n: v.to(at[n].device) for n, v in state.params.items()}, buffers, slots)

@@ -17,7 +17,7 @@ from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.replay import Counterfactual, check_counterfactual, replay, updates_of
 from culpa.trajectory.run import Run
-from culpa.trajectory.state import State
+from culpa.trajectory.state import State, on_cpu
 from culpa.trajectory.walk import Randomness, checked, session
 
 WORTH = 0.9
@@ -205,8 +205,8 @@ class _Sweep:
 
     def _outcome(self, one: frozenset[int], end: State, fidelity: Fidelity) -> Counterfactual:
         return Counterfactual(
-            self.run.frozen_parameters() | end.params,
-            end.buffers,
+            self.run.frozen_parameters() | on_cpu(end.params),
+            on_cpu(end.buffers),
             tuple(sorted(one)),
             self.counterfactual,
             self.run.num_steps - self.start - len(one),
@@ -216,7 +216,8 @@ class _Sweep:
         )
 
     def _lanes(self) -> Lanes:
-        state = self.run.state(self.start)
+        engine = self.engine
+        state = self.run.state(self.start).placed(engine.params, engine.buffers)
         return Lanes(self.problem, state, 1 + sum(1 for one in self.removed if one))
 
     def _prove(self) -> None:

@@ -23,7 +23,7 @@ from culpa.estimators.probes import Probes
 from culpa.estimators.trust import GROWTH_DOUBTFUL, UPDATE_DOUBTFUL, Trust, grade_update
 from culpa.problem import Problem
 from culpa.progress import Progress
-from culpa.trajectory.ranks.execute import sharing
+from culpa.trajectory.ranks.joined import sharing
 from culpa.trajectory.run import Run
 from culpa.trajectory.walk import Transition
 from culpa.tree import Slots, Tree

@@ -20,7 +20,7 @@ from culpa.errors import OptionError
 from culpa.trajectory import rounded
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.run import Run
-from culpa.trajectory.state import State
+from culpa.trajectory.state import State, on_cpu
 from culpa.trajectory.walk import Transition, forward
 from culpa.tree import Tree
 
@@ -94,7 +94,7 @@ class OnCpu:
         contents: list[Tree] = []
 
         def keep(content: Tree) -> None:
-            contents.append({name: value.to("cpu") for name, value in content.items()})
+            contents.append(on_cpu(content))
 
         slips = _pack(way, self.dtype, keep)
         yield from _unpacked(slips, contents.pop)
@@ -133,7 +133,7 @@ class OnDisk:
 
             def keep(content: Tree) -> None:
                 files.append(Path(scratch, f"{len(files)}.safetensors"))
-                save_file(content, files[-1])
+                save_file(on_cpu(content), files[-1])
 
             def read() -> Tree:
                 file = files.pop()

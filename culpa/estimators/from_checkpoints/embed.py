@@ -16,7 +16,7 @@ from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.replay import check_counterfactual
-from culpa.trajectory.state import State, largest_difference
+from culpa.trajectory.state import State, largest_difference, on_cpu
 
 
 def embed_checkpoints(
@@ -90,10 +90,10 @@ def embed_checkpoints(
     }
     return StageEmbeddings(
         [one.stage for one in carried],
-        {one.stage.name: one.displacement for one in carried},
+        {one.stage.name: on_cpu(one.displacement) for one in carried},
         {one.stage.name: one.trust(size) for one in carried},
-        final.params,
-        final.buffers,
+        on_cpu(final.params),
+        on_cpu(final.buffers),
         facts,
         problem,
     )
