@@ -63,7 +63,7 @@ docs: $(DEV)/.installed  ## the documentation: docs/_build/html/index.html
 # One process after the other, one thread each: ratios hold on a busy machine, but less well.
 bench: $(DEV)/.installed  ## what everything costs, in trainings (an hour): benchmarks/results
 	@echo "About an hour on a quiet machine: recording 15 minutes, attribute 10, ten stages 10, replay 5,"
-	@echo "growth 10, fan-out 4, waiting updates 2. Results are written as they come: benchmarks/results, docs/results/figures."
+	@echo "growth 10, fan-out 4, waiting updates 2, shards 7. Results are written as they come: benchmarks/results, docs/results/figures."
 	$(DEV)/bin/python benchmarks/recording.py
 	$(DEV)/bin/python benchmarks/attribute_costs.py
 	$(DEV)/bin/python benchmarks/ten_stages.py
@@ -71,6 +71,7 @@ bench: $(DEV)/.installed  ## what everything costs, in trainings (an hour): benc
 	$(DEV)/bin/python benchmarks/growth.py
 	$(DEV)/bin/python benchmarks/fanout.py
 	$(DEV)/bin/python benchmarks/held.py --out benchmarks/results/held.json
+	$(DEV)/bin/python benchmarks/in_shards.py --out benchmarks/results/in_shards.json
 	$(DEV)/bin/python benchmarks/guard.py --write
 	$(DEV)/bin/python benchmarks/performance.py
 

@@ -1,4 +1,4 @@
-"""Writes the measured tables of docs/performance.md and docs/scaling.md from benchmarks/results.
+"""Writes the measured tables of the pages in ``PAGES`` from benchmarks/results.
 
     python benchmarks/performance.py
 
@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     ROOT / "docs" / "performance.md": ("recording", "peers", "growth", "guard"),
     ROOT / "docs" / "scaling.md": ("held", "parameters", "fanout"),
+    ROOT / "docs" / "distributed.md": ("in_shards",),
     ROOT / "docs" / "results" / "attribute_costs.md": ("attribute",),
 }
 Results = Mapping[str, Any]
@@ -192,6 +193,22 @@ def fanout(results: Results) -> str:
     return f"{table(head, rows)}{_note(results)}"
 
 
+def in_shards(results: Results) -> str:
+    """Peak memory of a rank and processor time of all, by job and number of ranks."""
+    counts = list(dict.fromkeys(row["ranks"] for row in results["rows"]))
+    found = {(row["job"], row["ranks"]): row for row in results["rows"]}
+    rows: list[Sequence[object]] = []
+    for job in dict.fromkeys(row["job"] for row in results["rows"]):
+        line: list[object] = [job]
+        for count in counts:
+            row = found[job, count]
+            both = f"{row['first rank']:.1f} / {row['other ranks, most']:.1f}"
+            line += [both, f"{row['time']:.1f}"]
+        rows.append(line)
+    head = [h for n in counts for h in (f"{n} ranks: memory, rank 0 / others", "time")]
+    return table(["job", *head], rows)
+
+
 def rendered(page: Path) -> str:
     """The page with every table made from the results."""
     text = page.read_text(encoding="utf-8")
@@ -208,6 +225,7 @@ def rendered(page: Path) -> str:
         "held": lambda: held(load("held")),
         "parameters": lambda: parameters(load("parameters")),
         "fanout": lambda: fanout(load("fanout")),
+        "in_shards": lambda: in_shards(load("in_shards")),
     }
     for name in PAGES[page]:
         made = tables[name]()

@@ -75,7 +75,7 @@ from .trajectory.growth import grow as grow
 from .trajectory.hold import InMemory as InMemory
 from .trajectory.hold import OnCpu as OnCpu
 from .trajectory.hold import OnDisk as OnDisk
-from .trajectory.ranks.execute import across_ranks as across_ranks
+from .trajectory.ranks.joined import across_ranks as across_ranks
 from .trajectory.record import record as record
 from .trajectory.recorder import Recorder as Recorder
 from .trajectory.replay import Counterfactual as Counterfactual

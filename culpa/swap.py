@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,19 @@ from culpa.errors import ProblemError
 
 Place = tuple[dict[str, Any], str, Tensor | None]
 """Where a module holds a tensor: its dictionary, the key there, and the tensor itself."""
+Lending = Callable[[nn.Module], AbstractContextManager[Any]]
+"""What is done to a module for as long as it has other tensors."""
+_lending: ContextVar[Lending] = ContextVar("lending", default=lambda _: nullcontext())
+
+
+@contextmanager
+def lending(how: Lending) -> Generator[None]:
+    """Inside, every module that is swapped is lent in this way besides."""
+    token = _lending.set(how)
+    try:
+        yield
+    finally:
+        _lending.reset(token)
 
 
 class Places:
@@ -25,7 +39,7 @@ class Places:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._sizes: list[tuple[nn.Module, dict[str, Any], dict[str, Any], int]] = []
         self._all: list[Place] = []
         self._named: dict[str, list[Place]] = {}
         self._look()
@@ -37,30 +51,35 @@ class Places:
         Raises:
             ProblemError: for a name that the model does not have.
         """
-        if not self._still_there():
-            self._look()
-        before = list[Place]()
-        try:
-            for name, tensor in tensors.items():
-                if name not in self._named:
-                    raise ProblemError(
-                        f"the model has no parameter or buffer {name!r}, which it had when this was"
-                        " recorded. Build it as the training script did."
-                    )
-                for place in self._named[name]:
-                    held, key, _ = place
-                    before.append(place)
-                    held[key] = tensor
-            yield
-        finally:
-            for held, key, own in before:
-                held[key] = own
+        with _lending.get()(self._model):
+            if not self._still_there():
+                self._look()
+            before = list[Place]()
+            try:
+                for name, tensor in tensors.items():
+                    if name not in self._named:
+                        raise ProblemError(
+                            f"the model has no parameter or buffer {name!r}, which it had when this"
+                            " was recorded. Build it as the training script did."
+                        )
+                    for place in self._named[name]:
+                        held, key, _ = place
+                        before.append(place)
+                        held[key] = tensor
+                yield
+            finally:
+                for held, key, own in before:
+                    held[key] = own
 
     def _still_there(self) -> bool:
         """Whether every module has the same children, and holds the same tensors."""
         return (
             all(now == then for now, then in self._children)
-            and all(len(held) == size for held, size in self._sizes)
+            and all(
+                module._parameters is params  # pyright: ignore[reportPrivateUsage]
+                and len(params) + len(buffers) == size
+                for module, params, buffers, size in self._sizes
+            )
             and all(held.get(key, self) is tensor for held, key, tensor in self._all)
         )
 
@@ -71,8 +90,9 @@ class Places:
 
         def walk(module: nn.Module, prefix: str) -> None:
             seen.add(id(module))
-            for held in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
-                self._sizes.append((held, len(held)))
+            params, buffers = module._parameters, module._buffers  # pyright: ignore[reportPrivateUsage]
+            self._sizes.append((module, params, buffers, len(params) + len(buffers)))
+            for held in (params, buffers):
                 for key, tensor in held.items():
                     self._all.append((held, key, tensor))
                     if tensor is not None:

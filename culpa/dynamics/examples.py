@@ -25,7 +25,7 @@ from culpa.dynamics.local import LocalLoss, differentiable_twice
 from culpa.dynamics.propagator import CHOSEN, Exact, Propagator
 from culpa.dynamics.shares import over_rows
 from culpa.errors import ProblemError
-from culpa.trajectory.ranks.execute import sharing
+from culpa.trajectory.ranks.joined import sharing
 from culpa.tree import Tree
 
 WEIGHTS = "weight of every example "

@@ -21,8 +21,8 @@ from torch import Tensor
 from culpa import tree
 from culpa.errors import UnsupportedError
 from culpa.trajectory import batches
-from culpa.trajectory.ranks.execute import alone, sharing
 from culpa.trajectory.ranks.group import Ranks, ranks, sum_over_ranks
+from culpa.trajectory.ranks.joined import alone, holders, sharing
 from culpa.trajectory.walk import Transition
 from culpa.tree import Tree
 
@@ -75,6 +75,10 @@ def over_ranks(
     group = sharing()
     if group is None:
         return work(local)
+    if holders() is not None:  # what comes back to shards is summed where they were gathered
+        part = local.once("part", lambda: _taken(local, group, by_rows=False))
+        with alone():
+            return work(part)
     decide(local)
     failure, found = None, [tree.zeros_like(one) for one in like]
     try:
@@ -114,14 +118,15 @@ def over_rows(
 
     row = torch.zeros(examples, dtype=torch.float64)
     found = over_ranks(local, spread, [*like, *({"rows": row} for _ in like)])
-    return found[: len(like)], [one["rows"] for one in found[len(like) :]]
+    rows = found[len(like) :] if holders() is None else sum_over_ranks(found[len(like) :])
+    return found[: len(like)], [one["rows"] for one in rows]
 
 
 def decide(local: Shared) -> None:
     """Find out whether the ranks may split the loss by rows, for it and all made from it."""
     group = sharing()
     if group is not None and local.by_rows is None:
-        local.by_rows = _splits(local, group)
+        local.by_rows = holders() is None and _splits(local, group)
 
 
 def _places(local: Shared) -> list[int]:

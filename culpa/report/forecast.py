@@ -17,7 +17,7 @@ from culpa.errors import OptionError, ResourceError
 from culpa.problem import Problem
 from culpa.report.numbers import data_size, duration
 from culpa.trajectory.hold import Hold
-from culpa.trajectory.ranks.execute import sharing
+from culpa.trajectory.ranks.joined import sharing
 from culpa.trajectory.run import Run
 
 COLUMNS = ("job", "seconds", "peak memory", "writes")

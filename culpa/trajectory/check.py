@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ from culpa.problem import Problem
 from culpa.trajectory import rng
 from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.chain import StepDetail
-from culpa.trajectory.engine import Engine
+from culpa.trajectory.engine import Engine, Executed
 from culpa.trajectory.observer import Observer
-from culpa.trajectory.ranks.execute import verdict
+from culpa.trajectory.ranks.joined import verdict
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import MicroBatch, StepRecord
 from culpa.trajectory.state import State, largest_difference
@@ -71,7 +72,6 @@ def identify(
     Raises:
         RecordError: if none does, naming the update, the worst parameter and the likely cause.
     """
-    live = observer.gradients()
     skipped, count = pending[: detail.discarded], len(pending) - detail.discarded
     readings = [(pending, detail)]
     if count > 1 and detail.weights is None:
@@ -80,18 +80,17 @@ def identify(
             readings.append((pending, partial))
         if pending[-1][1] is not None:
             readings.append((skipped + pending[-1:], detail))
-    failures: list[tuple[str, float, Tree]] = []
+    there, failures = observer.comparable(after), list[tuple[str, float, Tree]]()
     for drawn, facts in readings:
-        grads, state, ended = _execute_again(observer, before, drawn, facts, hypers, index)
-        name, size = verdict(
-            *largest_difference(
-                state.flat(), after.flat() if after.slots else _without_slots(state, after)
-            )
-        )
-        if not name:
-            return drawn, facts, ended
-        failures.append((name, size, grads))
+        with _executed_again(observer, before, drawn, facts, hypers, index) as (engine, done):
+            here = observer.comparable(engine.live())  # not a copy of it: that may be large
+            flat = there.flat() if after.slots else _without_slots(here, there)
+            name, size = verdict(*largest_difference(here.flat(), flat))
+            if not name:
+                return drawn, facts, rng.capture()
+            failures.append((name, size, done.grads if not failures else {}))
     name, size, grads = failures[0]
+    live = observer.gradients()
     raise RecordError(
         f"update {index} is not what the record would say: executed again from the same state,"
         f" {name.partition('/')[2]} differs by up to {size:.3g}."
@@ -103,14 +102,16 @@ def _without_slots(state: State, after: State) -> Tree:
     return after.flat() | {n: v for n, v in state.flat().items() if n.startswith("slots/")}
 
 
-def _execute_again(
+@contextmanager
+def _executed_again(
     observer: Observer,
     before: Before,
     drawn: Sequence[Drawn],
     detail: StepDetail,
     hypers: tuple[dict[str, Any], ...],
     index: int,
-) -> tuple[Tree, State, RandomState]:
+) -> Generator[tuple[Engine, Executed]]:
+    """Inside, the model is where the update leads when it is executed again."""
     record = StepRecord(
         index=index,
         optimizer=observer.spec,
@@ -136,7 +137,7 @@ def _execute_again(
                 " was recorded; an optimizer that evaluates the loss itself inside of a step (SAM)"
                 " cannot be recorded."
             ) from error
-        return done.grads, engine.state(), rng.capture()
+        yield engine, done
 
 
 def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:
@@ -154,7 +155,7 @@ def _cause(grads: Tree, live: Tree, count: int, detail: StepDetail) -> str:
         )
     factor = tree.dot(live, grads) / size**2
     if not _close(live, tree.scale(factor, grads)):
-        bound = max(float(g.abs().max()) for g in live.values())
+        bound = tree.largest(live)
         if _close(live, tree.map_values(lambda g: g.clamp(-bound, bound), grads)):
             return (
                 f"The loop's gradients are those of loss(model, batch) cut at {bound:.4g}:"

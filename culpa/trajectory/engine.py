@@ -23,6 +23,8 @@ from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.live import Live
 from culpa.trajectory.optimizers import as_kept, gather_slots
 from culpa.trajectory.ranks.execute import Part, accumulate, clip_grad_norm
+from culpa.trajectory.ranks.joined import holders
+from culpa.trajectory.ranks.lent import WholeDigests, digests_of
 from culpa.trajectory.ranks.shards import stepper
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import OptimizerSpec, StepRecord
@@ -66,7 +68,7 @@ class Engine:
         self._slots: Slots = {}
         self._optimizer: Stepper | None = None
         self._built: OptimizerSpec | None = None
-        self._looked_at: tuple[Any, Live] | None = None
+        self._looked_at: tuple[Any, Live | WholeDigests] | None = None
 
     def write(self, params: Tree, buffers: Tree) -> None:
         """Set tensors of the module."""
@@ -78,7 +80,7 @@ class Engine:
         self.write(state.params, state.buffers)
         self._held = tuple(state.params)
         self._trained = None
-        self._slots = tree.clone_slots(state.slots)
+        self._slots = tree.clone_slots(state.placed(self.params, self.buffers).slots)
         self._optimizer = None
 
     def state(self) -> State:
@@ -90,7 +92,7 @@ class Engine:
         held = {name: self.params[name].detach() for name in self._held}
         return State(held, dict(self.buffers), self._live_slots())
 
-    def looked_at(self, without: frozenset[str] = frozenset()) -> Live:
+    def looked_at(self, without: frozenset[str] = frozenset()) -> Live | WholeDigests:
         """Parameters and buffers of the state, but for those ``without``, to be hashed."""
         key = (self._held, without)
         if self._looked_at is None or self._looked_at[0] != key:
@@ -98,7 +100,7 @@ class Engine:
                 f"params/{name}": self.params[name] for name in self._held if name not in without
             }
             named |= {f"buffers/{name}": value for name, value in self.buffers.items()}
-            self._looked_at = key, Live(named)
+            self._looked_at = key, digests_of(self.problem.model, named)
         return self._looked_at[1]
 
     def reset_optimizer(self) -> None:
@@ -223,17 +225,33 @@ class Engine:
             slots = self._live_slots()
             with blamed(record.index, "optimizer or hypers"):
                 self._optimizer = stepper(
-                    record.optimizer, record.hypers, self.params, self.problem.optimizers
+                    record.optimizer,
+                    record.hypers,
+                    self.params,
+                    self.problem.optimizers,
+                    whole=holders() is None,
                 )
+            beside = _counting_there(self._optimizer)
             with blamed(record.index, "slots of the kept state before it"):
                 for slot, values in slots.items():
                     for name, value in values.items():
-                        key, kept = as_kept(slot, value)
-                        self._optimizer.state[self.params[name]][key] = kept
+                        p, (key, kept) = self.params[name], as_kept(slot, value)
+                        there = isinstance(kept, Tensor) and p in beside
+                        self._optimizer.state[p][key] = kept.to(p.device) if there else kept
             self._built = record.optimizer
         for group, hyper in zip(self._optimizer.param_groups, record.hypers, strict=True):
             group.update(hyper)
         return self._optimizer
+
+
+def _counting_there(optimizer: Stepper) -> set[Tensor]:
+    """The parameters whose ``step`` is kept beside them: where it is fused or capturable."""
+    return {
+        p
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for p in group["params"]
+    }
 
 
 def _backward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import is_
 from types import NoneType
 from typing import Any
@@ -104,7 +104,7 @@ class Observer:
 
     def slots(self) -> Slots:
         """The live optimizer state."""
-        return gather_slots(self.optimizer, self.names)
+        return self.live_slots()
 
     def state(self, held: Mapping[str, Tensor], *, slots: bool) -> State:
         """A copy on the CPU of the parameters in ``held``, all buffers and, if asked, the slots."""
@@ -116,6 +116,15 @@ class Observer:
             tree.map_values(Tensor.cpu, state.buffers),
             {slot: tree.map_values(Tensor.cpu, values) for slot, values in state.slots.items()},
         )
+
+    def live_state(self, names: Iterable[str]) -> State:
+        """Parameters of these names, buffers and the optimizer's state, themselves."""
+        held: Tree = {name: self.params[name] for name in names}
+        return State(held, dict(self.buffers), self.live_slots())
+
+    def live_slots(self) -> Slots:
+        """The live optimizer state, of which this process may have parts."""
+        return gather_slots(self.optimizer, self.names)
 
     def placed(self, name: str, value: Tensor) -> Tensor:
         """A slot of a parameter as its optimizer keeps it."""
@@ -129,9 +138,21 @@ class Observer:
         """The parameters that no optimizer holds; not copies."""
         return {name: p for name, p in self.params.items() if name not in self.held}
 
-    def complete(self, last: State, joining: Tree) -> State:
-        """The whole state before an update, ``last`` being that after the one before it."""
-        return State(last.params | joining, last.buffers, last.slots)
+    def before(self, last: State, joining: Tree) -> State:
+        """The state before an update, ``last`` being that after the one before it, without slots.
+
+        As much of it as this process needs to execute the update again.
+        """
+        slots = self.state({}, slots=True).slots
+        return State({**last.params, **joining}, last.buffers, slots)
+
+    def after(self, copied: State) -> State:
+        """As much of the state after an update, of which there is a copy."""
+        return copied
+
+    def comparable(self, state: State) -> State:
+        """What of such a state this process can answer for."""
+        return state
 
     def camera(self, held: Mapping[str, Tensor]) -> Camera:
         """What takes copies of the parameters in ``held``, and of all buffers."""
@@ -175,7 +196,7 @@ class Observer:
     def followed_by(self, optimizer: Stepper) -> Observer:
         """The observer of an optimizer that takes over."""
         observer = type(self)(self.problem, optimizer)
-        if optimizer is not self.optimizer and observer.slots():
+        if optimizer is not self.optimizer and observer.live_slots():
             raise RecordError("the new optimizer has state already; pass it before its first step.")
         return observer
 

@@ -194,7 +194,7 @@ class Recorder(Watch):
             return
         # An update that was refused has moved the live optimizer already: it ends before that one.
         if self._before is not None:
-            slots = self._before.state.slots
+            slots = self._before.state.slots if readable else {}
         else:  # of several optimizers one may have moved
             readable = readable and not self._stepped
             slots = self._observer.state({}, slots=True).slots if readable else {}

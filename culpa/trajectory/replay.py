@@ -19,7 +19,9 @@ from culpa.trajectory.ahead import ahead
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.files import write_durably
+from culpa.trajectory.ranks.afterwards import first_writes, whole_on_first
 from culpa.trajectory.run import Run
+from culpa.trajectory.state import on_cpu
 from culpa.trajectory.walk import Randomness, check_step, checked, session
 from culpa.tree import Tree
 
@@ -40,8 +42,9 @@ class Counterfactual:
     """The model that training ends with when some updates are not executed.
 
     Attributes:
-        state: all parameters by name, theta_K(without S).
-        buffers: the buffers by name.
+        state: all parameters by name, theta_K(without S), on the CPU as ``run.final_state()`` is,
+            whatever the model is on (frozen ones by reference: the given tensors).
+        buffers: the buffers by name, on the CPU.
         without: the removed updates.
         counterfactual: which of the three meanings of "removed".
         updates_executed: the cost, in updates of the run (one more where none of the observed
@@ -73,9 +76,9 @@ class Counterfactual:
 
         Its metadata says, as JSON under ``"culpa"``, which run it came from (``root_digest``), what
         was left out (``without``: pairs of first update and first update after it), in which
-        meaning, and the claim.
+        meaning, and the claim. Ranks that hold shards all call it, and the first one writes.
         """
-        tensors = {n: v.detach().cpu().contiguous() for n, v in (self.state | self.buffers).items()}
+        tensors = on_cpu(whole_on_first(self.state, self._problem.model) | self.buffers)
         facts = {
             "root_digest": self._run.root_digest,
             "without": _intervals(self.without),
@@ -84,7 +87,8 @@ class Counterfactual:
         }
         # One key: with several, safetensors writes them in an order that varies.
         metadata = {"culpa": msgspec.json.encode(facts).decode()}
-        write_durably(Path(path), save_tensors(tensors, metadata=metadata))
+        plain = {n: v.contiguous() for n, v in tensors.items()}
+        first_writes(lambda: write_durably(Path(path), save_tensors(plain, metadata=metadata)))
 
 
 def _intervals(updates: Sequence[int]) -> list[tuple[int, int]]:
@@ -192,8 +196,8 @@ def replay(
     finally:
         progress.finish()
     return Counterfactual(
-        run.frozen_parameters() | state.params,
-        state.buffers,
+        run.frozen_parameters() | on_cpu(state.params),
+        on_cpu(state.buffers),
         tuple(sorted(removed)),
         counterfactual,
         executed,

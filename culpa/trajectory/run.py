@@ -12,12 +12,14 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from culpa.errors import CulpaError, IntegrityError, StageError, StoreError
+from culpa.errors import IntegrityError, StageError, StoreError
 from culpa.trajectory import batches, examples
 from culpa.trajectory.examples import given as rows_given
-from culpa.trajectory.fits import describe_tensors, require_state
 from culpa.trajectory.frozen import Frozen
+from culpa.trajectory.kept import read_state
 from culpa.trajectory.layout import DAMAGED
+from culpa.trajectory.ranks.afterwards import own
+from culpa.trajectory.ranks.joined import holders
 from culpa.trajectory.reader import LogReader
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import (
@@ -32,7 +34,7 @@ from culpa.trajectory.schema import (
     Stage,
     state_name,
 )
-from culpa.trajectory.source import Source, open_source, physical_memory
+from culpa.trajectory.source import Source, open_source
 from culpa.trajectory.state import State
 from culpa.trajectory.steps import Steps
 from culpa.trajectory.tables import Tables
@@ -64,7 +66,7 @@ class Run:
             else examples.Missing(source.where)
         )
         self.frozen = Frozen(  # which must not refer to the run: its log is to be closed at once
-            source, manifest, lambda: _read_state(source, manifest, FROZEN_NAME, None).params
+            source, manifest, lambda: read_state(source, manifest, FROZEN_NAME, None).params
         )
         self.step = Steps(tables)
 
@@ -113,7 +115,7 @@ class Run:
         return self.state(0)
 
     def final_state(self) -> Tree:
-        """All parameters after the last update, by name, those that never trained included."""
+        """All parameters after the last update, by name, on the CPU; the never trained too."""
         return self.frozen_parameters() | self.state(self.num_steps).params
 
     def final_buffers(self) -> Tree:
@@ -122,8 +124,9 @@ class Run:
 
     def frozen_parameters(self) -> Tree:
         """The parameters that no optimizer ever held."""
-        joined = self.tables.joined
-        return {name: v for name, v in self.frozen.values().items() if name not in joined}
+        joined, values = self.tables.joined, self.frozen.values()
+        values = {name: v for name, v in values.items() if name not in joined}
+        return own(values) if self.frozen.by_reference else values
 
     def state(self, k: int) -> State:
         """A kept state; raises ``StoreError`` for one that is not kept.
@@ -135,8 +138,9 @@ class Run:
                 f"s_{k} is not kept in {self.path}; nearest before it: {self.kept_before(k)}."
             )
         out = self.tables.frozen_before(k)
-        state = _read_state(self.source, self.manifest, state_name(k), out)
-        later = {name: v for name, v in self._joining.items() if name not in state.params}
+        state = read_state(self.source, self.manifest, state_name(k), out)
+        joining = self._joining if holders() is None else self._read_joining()
+        later = {name: v for name, v in joining.items() if name not in state.params}
         return State(state.params | later, state.buffers, state.slots) if later else state
 
     def held_before(self, state: State, k: int) -> State:
@@ -149,6 +153,9 @@ class Run:
 
     @cached_property
     def _joining(self) -> Tree:
+        return self._read_joining()
+
+    def _read_joining(self) -> Tree:
         """The parameters that were frozen first and trained later, as they were at first."""
         joined = self.tables.joined
         if not joined:
@@ -216,25 +223,6 @@ class Run:
             raise IntegrityError(
                 f"{self.source.where}: update {k}: its batch cannot be put together: {error}"
             ) from error
-
-
-def _read_state(source: Source, manifest: Manifest, name: str, out: frozenset[str] | None) -> State:
-    try:
-        data = source.read(name)
-        if len(data) > physical_memory():
-            raise IntegrityError(f"it has {len(data)} bytes, more than this machine's memory")
-        state = State.decode(data)
-        found = describe_tensors(state.flat())
-        require_state(manifest, found, out)
-        return state
-    except CulpaError as error:
-        raise _about(source, name, error) from error
-
-
-def _about(source: Source, name: str, error: CulpaError) -> CulpaError:
-    """The error with the file's name, unless it has it."""
-    where = f"{source.where}/{name}"
-    return error if where in str(error) else IntegrityError(f"{where} is damaged: {error}.")
 
 
 def open_run(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from culpa import tree
 from culpa.errors import IntegrityError
@@ -32,6 +32,18 @@ class State:
         return State(
             tree.clone(self.params), tree.clone(self.buffers), tree.clone_slots(self.slots)
         )
+
+    def placed(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> State:
+        """Where a model has its tensors: what is read from files is on the CPU.
+
+        So an optimizer of them takes its slots, too. ``step`` and plain numbers stay on the CPU, as
+        ``Optimizer.load_state_dict`` leaves them.
+        """
+        slots = {
+            slot: values if slot == "step" or ":" in slot else placed(values, params)
+            for slot, values in self.slots.items()
+        }
+        return State(placed(self.params, params), placed(self.buffers, buffers), slots)
 
     def flat(self) -> Tree:
         """All tensors under path-like names, as they stand in a state's file."""
@@ -73,9 +85,33 @@ class State:
         return raw.encode(raws(self.flat()))
 
     @classmethod
-    def decode(cls, data: bytes | memoryview) -> State:
-        """Read a state's file; raises ``IntegrityError`` if it is not one."""
-        return cls.unflatten(tensors.load(memoryview(data)))
+    def decode(cls, data: bytes | memoryview, cut: tensors.Cut | None = None) -> State:
+        """Read a state's file, or parts of its tensors.
+
+        Raises:
+            IntegrityError: if it is not one.
+        """
+        return cls.unflatten(tensors.load(memoryview(data), cut))
+
+
+def placed(values: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> Tree:
+    """Each tensor on the device of the one of its name in ``beside``; without one, as it is."""
+    return {n: v.to(device_of(beside[n])) if n in beside else v for n, v in values.items()}
+
+
+def device_of(like: Tensor) -> torch.device:
+    """Where a tensor is; for one on the meta device, where tensors are made."""
+    return torch.get_default_device() if like.is_meta else like.device
+
+
+def on_model(model: nn.Module, values: Mapping[str, Tensor]) -> Tree:
+    """Parameters or buffers where a model has its own: ready to be computed with."""
+    return placed(values, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+def on_cpu(values: Mapping[str, Tensor]) -> Tree:
+    """Tensors as results hold them, whatever the model is on; those on the CPU are no copies."""
+    return {name: value.detach().cpu() for name, value in values.items()}
 
 
 def raws(tree: Mapping[str, Tensor]) -> list[Raw]:
@@ -87,14 +123,15 @@ def raws(tree: Mapping[str, Tensor]) -> list[Raw]:
 
 
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[str, float]:
-    """The name of the tensor that differs most between two trees, and by how much."""
+    """The name of the tensor that differs most between two trees, wherever, and by how much."""
     worst, most = "", 0.0
     for name in sorted(a.keys() | b.keys()):
         if name not in a or name not in b or a[name].shape != b[name].shape:
             return name, float("inf")
-        if torch.equal(a[name], b[name]):
+        one, other = a[name].detach(), b[name].detach().to(a[name].device)
+        if torch.equal(one, other):
             continue
-        gap = (a[name].detach().double() - b[name].detach().double()).abs()
+        gap = (one.double() - other.double()).abs()
         size = float("inf") if bool(torch.isnan(gap).any()) else float(gap.max())
         if not worst or size > most:
             worst, most = name, size

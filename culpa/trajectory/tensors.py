@@ -8,7 +8,7 @@ tensors lie end to end up to the end of the file. Nothing is allocated before th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
@@ -43,6 +43,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+Cut = Callable[[str, Tensor], Tensor]
+"""What is kept of a tensor of this name."""
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,14 +96,18 @@ def entries(data: memoryview) -> Iterator[tuple[str, Entry, memoryview]]:
         raise IntegrityError(f"{len(body) - at} bytes follow the last tensor")
 
 
-def load(data: memoryview) -> Tree:
-    """The tensors of a file, as copies."""
+def load(data: memoryview, cut: Cut | None = None) -> Tree:
+    """The tensors of a file, as copies; of each what ``cut`` makes of it.
+
+    Memory: what is returned, and one tensor.
+    """
     found: Tree = {}
     for name, entry, raw in list(entries(data)):
         dtype = DTYPES[entry.dtype]
-        found[name] = _tensor(raw, dtype).reshape(entry.shape)
-        if dtype is torch.bool and len(raw) and int(found[name].view(torch.uint8).max()) > 1:
+        value = _tensor(raw, dtype).reshape(entry.shape)
+        if dtype is torch.bool and len(raw) and int(value.view(torch.uint8).max()) > 1:
             raise IntegrityError(f"{name!r} holds a bool that is neither 0 nor 1")
+        found[name] = value if cut is None else cut(name, value)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,11 @@ from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.fits import different_model
+from culpa.trajectory.heap import keep_freed
+from culpa.trajectory.ranks.afterwards import require_shards
 from culpa.trajectory.ranks.bare import is_sharded
+from culpa.trajectory.ranks.joined import holders
+from culpa.trajectory.ranks.lent import held_in_shards, pieces_of
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import StepRecord
@@ -100,16 +104,22 @@ def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[
     losses = 1 + max((run.step(stage.start).loss for stage in run.stages), default=0)
     complete = run.manifest.status == "complete"
     problem.require_stages([stage.name for stage in run.stages], losses, complete)
-    recorded, tensors = run.manifest.environment, list(problem.model.parameters())
-    with environment.as_recorded(recorded):
-        here = environment.capture(tensors)
+    optimizers = {run.step(stage.start).optimizer for stage in run.stages}
+    reductions, by_reference = {o.reduction for o in optimizers}, run.frozen.by_reference
+    require_shards(str(run.path), reductions, model, by_reference, allow_drift)
+    keep_freed()
+    recorded, given = run.manifest.environment, dict(model.named_parameters())
+    apart = holders()
+    held = nullcontext() if apart is None else held_in_shards(model, pieces_of(apart))
+    with environment.as_recorded(recorded), held:
+        here = environment.capture(list(model.parameters()))
         if not allow_drift:
             environment.require_same(recorded, here, str(run.path))
         same = not any(d.matters for d in environment.compare(recorded, here))
-        run.frozen.give(dict(problem.model.named_parameters()))
-        with borrowed(problem.model, run.frozen.by_reference):
+        run.frozen.give(given)
+        with borrowed(model, by_reference if apart is None else ()):
             engine = Engine(problem, Fidelity(allow_drift, same))
-            if not run.frozen.by_reference:
+            if apart is not None or not by_reference:
                 engine.load(State(run.frozen_parameters()))
             yield engine
 
@@ -165,6 +175,7 @@ def onward(
     As for ``forward``, the consumer must leave the module's tensors as they are.
     """
     engine.load(state)
+    state = state.placed(engine.params, engine.buffers)
     for record, batches, recorded in ahead(run, updates):
         if record.reset:
             engine.reset_optimizer()

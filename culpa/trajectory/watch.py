@@ -154,8 +154,7 @@ class Watch(Staging):
         alone = recording.before_step(self._settings.partners, *made_of)
         proving = alone and self._proving.due(self.training_seconds)
         if self._fresh or proving or self._discarded or len(self._pending) != self._usual:
-            slots = self._observer.state({}, slots=True).slots
-            last = self._observer.complete(self._last_with(slots), self._joining)
+            last = self._observer.before(self._last(), self._joining)
             self._before = Before(last, self._fresh)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -189,7 +188,7 @@ class Watch(Staging):
                 with self._proving.spending():
                     pending, detail, ended = identify(
                         *(observer, self._before, pending, detail, hypers),
-                        *(after.state(slots), index, self._usual),
+                        *(observer.after(after.state(slots)), index, self._usual),
                     )
             self._draws_elsewhere = ended != after_random
             self._usual, self._before = len(pending) - detail.discarded, None
@@ -237,7 +236,8 @@ class Watch(Staging):
     def _measure_state(self) -> None:
         """Tell the policy how large a state is, now that the optimizer has its own."""
         if sized := getattr(self._policy, "sized", None):
-            self._policy = self._writer.policy = sized(file_size(self._whole_state()))
+            size = file_size(self._observer.live_state(self._held))
+            self._policy = self._writer.policy = sized(size)
 
     def _aim(self) -> None:
         held = {n: self._observer.params[n] for n in self._held}

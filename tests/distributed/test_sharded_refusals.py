@@ -98,6 +98,18 @@ def clipped(path: Path) -> None:
             optimizer.step()
 
 
+def edited(path: Path) -> None:
+    """Gradients of the last rank's shards are doubled, and of no other's."""
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with culpa.record(path, culpa.Problem(model, loss), optimizer) as recorder:
+        for batch in recorder.batches(Case().batches(torch.distributed.get_rank(), 0)[:1]):
+            loss(model, batch).backward()
+            for p in model.parameters() if torch.distributed.get_rank() else ():
+                p.grad.to_local().mul_(2)
+            optimizer.step()
+
+
 bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 Cases = dict[str, tuple[Callable[[Path], None], str]]
 REFUSED: Cases = {
@@ -144,6 +156,7 @@ TOLD: Cases = {
     "some micro-batches reduced together": (unsynchronised, "reduced 2 times, of 4 micro-batches"),
     "an optimizer that mixes elements": (own, "The gradients agree, so something else"),
     "clipping that was not declared": (clipped, "clip_grad_norm=max_norm to culpa.record"),
+    "one rank's gradients": (edited, "gradients are not those of loss(model, batch) on this batch"),
 }
 
 
@@ -170,7 +183,6 @@ def test_refusals_name_what_was_given_on_every_rank(tmp_path: Path) -> None:
     assert not any((tmp_path / name).exists() for name in REFUSED)
 
 
-@pytest.mark.slow
 def test_a_loop_that_is_not_modelled_is_told_at_its_first_update(tmp_path: Path) -> None:
     """On every rank, with what it may be."""
     told(TOLD, tmp_path)

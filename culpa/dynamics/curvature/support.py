@@ -18,6 +18,7 @@ from culpa import tree
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss
 from culpa.errors import CulpaError
+from culpa.trajectory.ranks.gathered import Gather
 from culpa.tree import Tree
 
 Products = Callable[[LocalLoss, Sequence[Tree]], list[Tree]]
@@ -147,8 +148,9 @@ def worst(found: Sequence[Tree], truth: Sequence[Tree]) -> float:
 
 def custom_functions(local: LocalLoss) -> list[str]:
     """The custom ``torch.autograd.Function`` classes that the loss goes through, by name."""
-    custom = torch.autograd.function.BackwardCFunction
-    return _named(n for n in _nodes(local) if isinstance(n, custom))
+    custom: Any = torch.autograd.function.BackwardCFunction
+    nodes = (n for n in _nodes(local) if isinstance(n, custom))
+    return _named(n for n in nodes if n._forward_cls is not Gather)  # it is differentiable twice
 
 
 def kinks(local: LocalLoss) -> list[str]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from culpa.trajectory.ranks.group import ranks
+from culpa.trajectory.ranks.lent import held_in_shards, pieces_of
+
 
 def states_of(module: nn.Module) -> Iterator[Any]:
     """What FSDP2 keeps of the modules that it was applied to, each once."""
@@ -50,23 +53,52 @@ def bare(module: nn.Module) -> Generator[None]:
     Every rank must enter: their values are gathered. Memory: all parameters, on every rank.
     """
     reshard(module)
-    sharded: dict[int, Any] = {id(p): p for p in module.parameters()}
     whole = {
-        key: nn.Parameter(p.detach().full_tensor().clone(), p.requires_grad)
-        for key, p in sharded.items()
+        id(p): nn.Parameter(p.detach().full_tensor().clone(), p.requires_grad)
+        for p in _sharded(module).values()
     }
-    modules: list[Any] = [*module.modules()]
-    holding: list[tuple[dict[str, Any], str, Any]] = []
-    hooking: list[tuple[Any, dict[int, Any]]] = []
-    states = [*states_of(module)]
-    for one in modules:
-        for key, p in one._parameters.items():
-            if p is not None:
-                holding.append((one._parameters, key, p))
-        hooking += [(h, dict(h)) for h in (one._forward_pre_hooks, one._forward_hooks)]
+    holding: list[tuple[dict[str, Any], str, Any]] = [
+        (one.__dict__["_parameters"], key, p)
+        for one in module.modules()
+        for key, p in one.named_parameters(recurse=False, remove_duplicate=False)
+    ]
     try:
         for held, key, p in holding:
             held[key] = whole[id(p)]
+        with _unhooked(module):
+            yield
+    finally:
+        for held, key, p in holding:
+            held[key] = p
+
+
+@contextmanager
+def in_pieces(module: nn.Module) -> Generator[None]:
+    """Inside, the module computes with this rank's shards, and calls nothing of FSDP2.
+
+    They are the very shards that it holds, so that whoever writes there puts back what was there.
+    For use where parameters are gathered one at a time (lent.py).
+    """
+    reshard(module)
+    own = {name: p.detach().to_local() for name, p in _sharded(module).items()}
+    with held_in_shards(module, pieces_of(ranks()), own), _unhooked(module):
+        yield
+
+
+def _sharded(module: nn.Module) -> dict[str, Any]:
+    return dict(module.named_parameters())
+
+
+@contextmanager
+def _unhooked(module: nn.Module) -> Generator[None]:
+    """Inside, FSDP2 does nothing before and after forward passes."""
+    hooking: list[tuple[Any, dict[int, Any]]] = [
+        (hooks, dict(hooks))
+        for one in module.modules()
+        for hooks in (one.__dict__["_forward_pre_hooks"], one.__dict__["_forward_hooks"])
+    ]
+    states = [*states_of(module)]
+    try:
         for hooks, all_of_them in hooking:
             for key, hook in all_of_them.items():
                 if _owner(hook) in states:
@@ -83,8 +115,6 @@ def bare(module: nn.Module) -> Generator[None]:
         for hooks, all_of_them in hooking:
             hooks.clear()
             hooks.update(all_of_them)
-        for held, key, p in holding:
-            held[key] = p
 
 
 def _pass_arguments(_module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

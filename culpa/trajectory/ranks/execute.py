@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,9 @@ from torch import Tensor
 
 from culpa.errors import IntegrityError
 from culpa.trajectory.ranks import reduce, shards
-from culpa.trajectory.ranks.group import FIRST, Ranks, ranks, synchronised
+from culpa.trajectory.ranks.gathered import Collector, Piece, collecting
+from culpa.trajectory.ranks.group import FIRST, Ranks
+from culpa.trajectory.ranks.joined import joined
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import Reduction, StepRecord
 from culpa.tree import Tree, clone
@@ -38,70 +38,6 @@ Backward = Callable[[Part], tuple[float, list[RandomState]]]
 """Accumulates the gradients of a part; its loss, and the generators where it drew from them."""
 
 
-@dataclass(frozen=True)
-class _Together:
-    """The job whose processes execute updates together; ``live``: each knows its own part only."""
-
-    ranks: Ranks
-    live: bool
-
-
-_together: ContextVar[_Together | None] = ContextVar("culpa processes", default=None)
-
-
-@contextmanager
-def across_ranks() -> Generator[Ranks]:
-    """Inside, every rank of a torch.distributed job calls the same functions, and shares the work.
-
-    ``culpa.replay`` executes the updates of a run that was recorded on as many ranks as those
-    ranks did; ``culpa.attribute`` and ``culpa.embed`` besides split the batches of every update
-    over the ranks, whatever the run was recorded on, and sum the products. Every rank gets the
-    whole result, and must make the same calls in the same order. Outside every process works for
-    itself; call all other functions there. (``culpa.audit`` decides by the clock what to do next:
-    inside, the ranks would part and wait for each other.)
-
-    Raises:
-        OptionError: if this process is not one of several.
-    """
-    group = ranks()
-    token = _together.set(_Together(group, live=False))
-    try:
-        with synchronised(group):
-            yield group
-    finally:
-        _together.reset(token)
-
-
-@contextmanager
-def live(group: Ranks | None) -> Generator[None]:
-    """Inside, updates are executed as they are being recorded: each rank has its own part only."""
-    token = _together.set(None if group is None else _Together(group, live=True))
-    try:
-        yield
-    finally:
-        _together.reset(token)
-
-
-def alone() -> AbstractContextManager[None]:
-    """Inside, this process works for itself, on its part of what all ranks share."""
-    return live(None)
-
-
-def sharing() -> Ranks | None:
-    """The ranks of ``across_ranks``, where they share work."""
-    together = _together.get()
-    return None if together is None or together.live else together.ranks
-
-
-def verdict(name: str, size: float) -> tuple[str, float]:
-    """What differed on the first rank, whose buffers are those of the record."""
-    together = _together.get()
-    if together is None or not together.live:
-        return name, size
-    said = together.ranks.from_first(msgspec.msgpack.encode((name, size)))
-    return msgspec.msgpack.decode(said, type=tuple[str, float])
-
-
 def accumulate(
     record: StepRecord,
     batches: Sequence[Any],
@@ -119,10 +55,17 @@ def accumulate(
         backward: of one rank.
     """
     reduction = record.optimizer.reduction
+    together = joined()
+    apart = together if together is not None and together.shard else None
+    if apart is not None and (reduction is None or reduction.ranks != apart.ranks.size):
+        raise IntegrityError(
+            f"update {record.index} was not made by the ranks that its stage began with. The folder"
+            " was changed."
+        )
     own = Part(batches, randoms, record.weights, len(batches) - record.discarded)
     if reduction is None:
         return backward(own)
-    together, how = _together.get(), _Reducing(reduction, record.held, params)
+    how = (_Reducing if apart is None else _Scattering)(reduction, record.held, params)
     if together is not None and together.live:
         return _jointly(together.ranks, how, own, buffers, backward, synchronise=True)
     parts = _parts(record, reduction, batches, randoms, params)
@@ -139,15 +82,20 @@ def clip_grad_norm(record: StepRecord, params: Sequence[Tensor], bound: float) -
     if reduction is None or not reduction.sharded or not grads:
         torch.nn.utils.clip_grad_norm_(params, bound)
         return
-    together, count = _together.get(), reduction.ranks
+    together, count = joined(), reduction.ranks
     if together is not None and together.ranks.size == count:
-        squares = shards.norms(grads, together.ranks.rank, count)
+        rank = together.ranks.rank
+        squares = shards.norms(grads if together.shard else _cut(grads, rank, count))
         dist.all_reduce(squares)
     else:
-        each = [shards.norms(grads, rank, count) for rank in range(count)]
+        each = [shards.norms(_cut(grads, rank, count)) for rank in range(count)]
         squares = reduce.summed(each, reduction)
     norm = torch.linalg.vector_norm(squares**0.5, 2.0)
     torch.nn.utils.clip_grads_with_norm_(params, bound, norm)
+
+
+def _cut(grads: Sequence[Tensor], rank: int, count: int) -> list[Tensor]:
+    return [shards.shard(grad, rank, count) for grad in grads]
 
 
 @dataclass(frozen=True)
@@ -167,6 +115,14 @@ class _Reducing:
             for at, (b, r) in enumerate(zip(part.batches, part.randoms, strict=True))
         ]
 
+    def passed(
+        self, group: Ranks, backward: Backward, part: Part
+    ) -> tuple[float, list[RandomState], Tree]:
+        """A backward pass of this rank, and the mean over all."""
+        loss, drawn = backward(part)
+        mean = reduce.across_ranks(_taken(self.params), self.reduction, self.params, self.held)
+        return loss, drawn, mean
+
     def put(self, means: Sequence[Tree]) -> None:
         """Leave the sum of all rounds at the parameters."""
         for name, p in self.params.items():
@@ -175,6 +131,26 @@ class _Reducing:
                 p.grad = found[0]
                 for other in found[1:]:
                     p.grad += other
+
+
+class _Scattering(_Reducing):
+    """The same where parameters are shards: whole gradients come from what gathered them."""
+
+    def passed(
+        self, group: Ranks, backward: Backward, part: Part
+    ) -> tuple[float, list[RandomState], Tree]:
+        """See ``_Reducing``."""
+
+        def onto_shards(own: Tree, pieces: Mapping[str, Piece]) -> Tree:
+            # What the optimizer does not hold has no gradient here, and had one in the loop.
+            used = {n: p for n, p in pieces.items() if n in own or n not in self.held}
+            return reduce.onto_shards(own, used, self.reduction)
+
+        early = len(part.batches) == 1
+        collector = Collector(self.reduction.buckets, onto_shards, early)
+        with collecting(collector):
+            loss, drawn = backward(part)
+        return loss, drawn, collector.finish()
 
 
 def _jointly(
@@ -191,11 +167,10 @@ def _jointly(
         _broadcast(buffers)
     losses, used, means = list[float](), list[RandomState](), list[Tree]()
     for part in how.rounds(own):
-        loss, drawn = backward(part)
+        loss, drawn, mean = how.passed(group, backward, part)
         losses.append(loss)
         used += drawn
-        taken = _taken(how.params)
-        means.append(reduce.across_ranks(taken, how.reduction, how.params, how.held))
+        means.append(mean)
     how.put(means)
     _broadcast(buffers)
     (total,) = group.total([sum(losses) / group.size])

@@ -18,7 +18,7 @@ from culpa.problem import Problem
 from culpa.trajectory import digest, environment, jobs, unfinished
 from culpa.trajectory.jobs import Begun
 from culpa.trajectory.observer import Observer
-from culpa.trajectory.ranks.execute import across_ranks
+from culpa.trajectory.ranks.joined import across_ranks
 from culpa.trajectory.ranks.recording import Partners
 from culpa.trajectory.resume import Resumption
 from culpa.trajectory.run import Run

@@ -129,6 +129,12 @@ class Ranks:
         dist.all_reduce(numbers, group=self._group)
         return numbers.tolist()
 
+    def most(self, value: float) -> float:
+        """The largest of the ranks' numbers."""
+        number = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return float(number)
+
 
 def _tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -6,13 +6,14 @@ and the first one keeps a copy. Whatever a rank does by its own clock looks at i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from culpa import tree
 from culpa.problem import Problem
 from culpa.trajectory.arena import Arena
 from culpa.trajectory.observer import Observer
@@ -34,14 +35,14 @@ class ShardObserver(Observer):
         super().__init__(problem, optimizer)
 
     def slots(self) -> Slots:
-        """The optimizer's state, gathered on every rank."""
+        """The optimizer's state, gathered: whole on the first rank, shards on the others."""
         return {
-            slot: {name: _whole(value) for name, value in values.items()}
-            for slot, values in super().slots().items()
+            slot: {name: _first_whole(value) for name, value in values.items()}
+            for slot, values in self.live_slots().items()
         }
 
     def state(self, held: Mapping[str, Tensor], *, slots: bool) -> State:
-        """See ``Observer``.
+        """See ``Observer``: whole on the first rank, shards on the others.
 
         Raises:
             RecordError: if a rank does not come to do the same.
@@ -49,9 +50,34 @@ class ShardObserver(Observer):
         # A rank with fewer batches would gather what another gathers in a forward pass.
         ranks().meet(exchange.PATIENCE)
         return State(
-            {name: _whole(p) for name, p in held.items()},
+            {name: _first_whole(p) for name, p in held.items()},
             {name: b.detach().to("cpu", copy=True) for name, b in self.buffers.items()},
             self.slots() if slots else {},
+        )
+
+    def before(self, last: State, joining: Tree) -> State:
+        """See ``Observer``: copies of this rank's shards, where they are."""
+        shards = self._shards([*last.params, *joining])
+        return State(tree.clone(shards.params), last.buffers, tree.clone_slots(shards.slots))
+
+    def after(self, copied: State) -> State:
+        """See ``Observer``: this rank's shards.
+
+        Of parameters copies: whoever executes the update again does it where they are.
+        """
+        shards = self._shards(copied.params)
+        return State(tree.clone(shards.params), copied.buffers, shards.slots)
+
+    def comparable(self, state: State) -> State:
+        """See ``Observer``: FSDP2 leaves buffers to every rank, and the first one's are kept."""
+        return state if dist.get_rank() == FIRST else State(state.params, {}, state.slots)
+
+    def _shards(self, names: Iterable[str]) -> State:
+        live = self.live_state(names)
+        return State(
+            {name: _local(p).detach() for name, p in live.params.items()},
+            {},
+            {s: {n: _local(v).detach() for n, v in of.items()} for s, of in live.slots.items()},
         )
 
     def write(self, state: State, frozen: Tree) -> None:
@@ -85,15 +111,9 @@ class ShardObserver(Observer):
         return found
 
     def gradients(self) -> Tree:
-        """See ``Observer``."""
+        """See ``Observer``: of this rank's shards."""
         held = self.held.items()
-        return {name: _whole(p.grad) for name, p in held if p.grad is not None}
-
-    def complete(self, last: State, joining: Tree) -> State:
-        """The state before an update: gathered, since only the first rank has a copy."""
-        names = [*last.params, *joining]
-        whole = self.state({name: self.params[name] for name in names}, slots=False)
-        return State(whole.params, last.buffers, last.slots)
+        return tree.clone({name: _local(p.grad) for name, p in held if p.grad is not None})
 
     def camera(self, held: Mapping[str, Tensor]) -> Camera:
         """What takes copies of the parameters in ``held`` and all buffers."""
@@ -121,9 +141,11 @@ class Gathered(Observer):
 
     def __init__(self, live: ShardObserver) -> None:
         self.__dict__.update(live.__dict__)
-        self._slots = live.slots()
-        whole = live.state(live.params, slots=False).params
-        self.params = {name: nn.Parameter(value, False) for name, value in whole.items()}
+        self._slots: Slots = {
+            slot: {name: _whole(value) for name, value in values.items()}
+            for slot, values in live.live_slots().items()
+        }
+        self.params = {n: nn.Parameter(_whole(p), False) for n, p in live.params.items()}
 
     def slots(self) -> Slots:
         """See ``Observer``."""
@@ -168,6 +190,12 @@ def _gathered(value: Any) -> Tensor:
 def _whole(value: Tensor) -> Tensor:
     """A whole copy on the CPU."""
     return _gathered(value).to("cpu", copy=True)
+
+
+def _first_whole(value: Tensor) -> Tensor:
+    """A copy on the CPU: whole on the first rank, and a shard on the others. Collective."""
+    whole = _gathered(value)
+    return (whole if dist.get_rank() == FIRST else _local(value)).detach().to("cpu", copy=True)
 
 
 def _local(value: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ from culpa.problem import Problem
 from culpa.trajectory import digest
 from culpa.trajectory.chain import StepDetail
 from culpa.trajectory.observer import Observer, encode_hypers
-from culpa.trajectory.ranks import execute
+from culpa.trajectory.ranks import joined
 from culpa.trajectory.ranks.buckets import lay_buckets
 from culpa.trajectory.ranks.group import Ranks, ranks
 from culpa.trajectory.ranks.sharded import Sharded
@@ -38,6 +38,7 @@ class Partners:
         self.observer = wrapper.observer
         self.replicated = wrapper.replicated
         self.bare, self.start, self.stop = wrapper.bare, wrapper.start, wrapper.stop
+        self.again = wrapper.again
 
     def before_step(
         self, observer: Observer, last: Callable[[], State], pending: int, usual: int
@@ -145,12 +146,13 @@ def on_first(others: Partners | None, work: Callable[[], None]) -> None:
 
 @contextmanager
 def together(others: Partners | None) -> Generator[None]:
-    """Inside, an update that is executed again is executed by all ranks, each on whole tensors."""
-    with (
-        nullcontext() if others is None else others.bare(),
-        execute.live(None if others is None else others.group),
-    ):
-        yield
+    """Inside, an update that is executed again is executed by all ranks, each on what it holds."""
+    if others is None:
+        with joined.live(None):
+            yield
+    else:
+        with others.again(), joined.live(others.group, shard=not others.replicated):
+            yield
 
 
 def alone(others: Partners | None) -> bool:

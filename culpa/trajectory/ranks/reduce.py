@@ -14,14 +14,15 @@ same ring, over all of the group, and divides the sum by N.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from culpa.trajectory.ranks.shards import packed, unpacked
+from culpa.trajectory.ranks.gathered import Piece, reduce_scatter
+from culpa.trajectory.ranks.shards import packed, rows_of, unpacked
 from culpa.trajectory.schema import Reduction
 from culpa.tree import Tree
 
@@ -44,11 +45,31 @@ def across_ranks(
     for names in _together(own, reduction, held):
         if reduction.sharded:
             rows, before, after = _shards(own, names, params, reduction.ranks)
-            found |= _unsharded(_scattered(rows.div_(before), after), names, params)
+            found |= _unsharded(_everyone(_scattered(rows.div_(before), after)), names, params)
         else:
             bucket, views = _filled(own, names, params, reduction.ranks)
             dist.all_reduce(bucket)
             found |= _taken(views, params)
+    return found
+
+
+def onto_shards(own: Tree, pieces: Mapping[str, Piece], reduction: Reduction) -> Tree:
+    """``across_ranks`` for gradients of one group, of which this rank gets its shards.
+
+    Args:
+        own: this rank's, whole; missing is zero.
+        pieces: this rank's, of what the update reduces in the group.
+        reduction: as recorded.
+    """
+    like = next(iter(own.values()))
+    wholes = {n: own[n] if n in own else like.new_zeros(p.shape) for n, p in pieces.items()}
+    rows, before, after = _shards(wholes, [*wholes], wholes, reduction.ranks)
+    row, found, at = _scattered(rows.div_(before), after), dict[str, Tensor](), 0
+    for name in pieces:
+        held = pieces[name].of(wholes[name]).shape
+        width = rows_of(wholes[name], reduction.ranks) * math.prod(held[1:])
+        found[name] = row[at : at + math.prod(held)].reshape(held).clone()
+        at += width
     return found
 
 
@@ -102,13 +123,16 @@ def _shards(
 
 
 def _scattered(rows: Tensor, after: float | None) -> Tensor:
-    """Reduce-scattered, divided and gathered again."""
+    """Reduce-scattered and divided: this rank's row."""
     own = torch.empty_like(rows[0])
-    single = "reduce_scatter_single"  # called reduce_scatter_tensor before PyTorch 2.13
-    scatter: Any = getattr(dist, single if hasattr(dist, single) else "reduce_scatter_tensor")
-    scatter(own, rows.reshape(-1), op=dist.ReduceOp.AVG if after is None else dist.ReduceOp.SUM)
-    own.div_(1.0 if after is None else after)
-    gathered = [torch.empty_like(own) for _ in rows]
+    op = dist.ReduceOp.AVG if after is None else dist.ReduceOp.SUM
+    reduce_scatter(own, rows.reshape(-1), op)
+    return own.div_(1.0 if after is None else after)
+
+
+def _everyone(own: Tensor) -> Tensor:
+    """The rows of all ranks."""
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own)
     return torch.stack(gathered)
 

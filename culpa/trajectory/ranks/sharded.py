@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from culpa.errors import RecordError, UnsupportedError
-from culpa.trajectory.ranks.bare import bare, groups_of, reshard
+from culpa.trajectory.ranks.bare import bare, groups_of, in_pieces, reshard
 from culpa.trajectory.ranks.group import backend_of, several
 from culpa.trajectory.ranks.observing import ShardObserver
 from culpa.trajectory.schema import Reduction
@@ -101,6 +101,10 @@ class Sharded:
     def bare(self) -> AbstractContextManager[None]:
         """Inside, the module is as it was before ``fully_shard``."""
         return bare(self.module)
+
+    def again(self) -> AbstractContextManager[None]:
+        """Inside, the module computes with this rank's shards, without ``fully_shard``."""
+        return in_pieces(self.module)
 
     def stop(self) -> None:
         """The recording has ended."""

@@ -21,9 +21,14 @@ from culpa.trajectory.together import Stepper, rebuilt
 from culpa.tree import Tree
 
 
+def rows_of(whole: Tensor, ranks: int) -> int:
+    """The rows of a shard, padded."""
+    return -(-whole.shape[0] // ranks)
+
+
 def shard(whole: Tensor, rank: int, ranks: int) -> Tensor:
     """The view of ``whole`` that a rank holds; of a short tensor the last ranks hold nothing."""
-    rows = -(-whole.shape[0] // ranks)
+    rows = rows_of(whole, ranks)
     return whole[rank * rows : (rank + 1) * rows]
 
 
@@ -31,7 +36,7 @@ def packed(wholes: Sequence[Tensor], ranks: int) -> Tensor:
     """``[ranks, elements]``: in row r the shards of rank r end to end, padded with zeros."""
     columns: list[Tensor] = []
     for whole in wholes:
-        rows = -(-whole.shape[0] // ranks) * ranks
+        rows = rows_of(whole, ranks) * ranks
         padded = whole.new_zeros((rows, *whole.shape[1:]))
         padded[: whole.shape[0]] = whole
         columns.append(padded.reshape(ranks, -1))
@@ -43,17 +48,16 @@ def unpacked(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ranks, found, at = rows.shape[0], list[Tensor](), 0
     for whole in like:
         row_size = whole.numel() // max(1, whole.shape[0])
-        width = -(-whole.shape[0] // ranks) * row_size
+        width = rows_of(whole, ranks) * row_size
         flat = rows[:, at : at + width].reshape(-1)[: whole.numel()]
         found.append(flat.reshape(whole.shape).clone())
         at += width
     return found
 
 
-def norms(grads: Sequence[Tensor], rank: int, ranks: int) -> Tensor:
-    """The squared norms of a rank's shards, ``[len(grads)]``, as DTensor sums them over ranks."""
-    own = [torch.linalg.vector_norm(shard(grad, rank, ranks), 2.0) for grad in grads]
-    return torch.stack(own) ** 2
+def norms(shards: Sequence[Tensor]) -> Tensor:
+    """The squared norms of a rank's shards, ``[len(shards)]``, as DTensor sums them over ranks."""
+    return torch.stack([torch.linalg.vector_norm(one, 2.0) for one in shards]) ** 2
 
 
 def stepper(
@@ -61,9 +65,15 @@ def stepper(
     hypers: Sequence[Mapping[str, Any]],
     params: Tree,
     given: Sequence[type[Optimizer]],
+    whole: bool,
 ) -> Stepper:
-    """``rebuilt``, over the shards of all ranks where the update was one of such."""
-    if spec.reduction is None or not spec.reduction.sharded:
+    """``rebuilt``; over the shards of all ranks, if the update was one of such and ``params`` not.
+
+    Args:
+        spec, hypers, params, given: as there.
+        whole: whether ``params`` are whole, and not one rank's shards.
+    """
+    if spec.reduction is None or not spec.reduction.sharded or not whole:
         return rebuilt(spec, hypers, params, given)
     return ShardStepper(spec, hypers, params, given, spec.reduction.ranks)
 

@@ -48,6 +48,9 @@ class Replicated:
         """Inside, the module is as it was before it was wrapped: as it is."""
         return nullcontext()
 
+    again = bare
+    """The same: every rank executes an update again with whole parameters."""
+
     def start(self) -> None:
         """The recording begins."""
 
