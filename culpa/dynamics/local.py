@@ -21,6 +21,7 @@ from culpa.errors import UnsupportedError
 from culpa.problem import Problem
 from culpa.trajectory import batches, rng
 from culpa.trajectory.engine import set_modes
+from culpa.trajectory.ranks.precision import computed, precision_of
 from culpa.trajectory.walk import Transition
 from culpa.tree import Tree
 
@@ -37,7 +38,8 @@ class LocalLoss:
     """
 
     def __init__(self, problem: Problem, transition: Transition, observed: bool = True) -> None:
-        self.problem = problem.of(transition.record.stage)
+        precision = precision_of(transition.record.optimizer.reduction)
+        self.problem = computed(problem.of(transition.record.stage), precision)
         self.transition = transition
         self.observed = observed and not transition.rounded
         self.grads = transition.grads

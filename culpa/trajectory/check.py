@@ -12,13 +12,13 @@ import torch
 
 from culpa import tree
 from culpa.errors import IntegrityError, NotReproducibleError, RecordError
-from culpa.problem import Problem
 from culpa.trajectory import rng
 from culpa.trajectory.borrowing import borrowed
 from culpa.trajectory.chain import StepDetail
 from culpa.trajectory.engine import Engine, Executed
 from culpa.trajectory.observer import Observer
 from culpa.trajectory.ranks.joined import verdict
+from culpa.trajectory.ranks.precision import computed, precision_of
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import MicroBatch, StepRecord
 from culpa.trajectory.state import State, largest_difference
@@ -36,8 +36,9 @@ class Before:
     fresh: bool
 
 
-def prove_reproducible(problem: Problem, pending: Sequence[Drawn]) -> None:
+def prove_reproducible(observer: Observer, pending: Sequence[Drawn]) -> None:
     """Evaluate the loss twice from one random state; raise unless both are the same bits."""
+    problem = computed(observer.problem, precision_of(observer.spec.reduction))
     batch, random = [(b, r) for b, r in pending if r is not None][-1]
     values: list[torch.Tensor] = []
     fixed = [name for name, _ in problem.model.named_parameters()]

@@ -25,6 +25,7 @@ from culpa.trajectory.optimizers import as_kept, gather_slots
 from culpa.trajectory.ranks.execute import Part, accumulate, clip_grad_norm
 from culpa.trajectory.ranks.joined import holders
 from culpa.trajectory.ranks.lent import WholeDigests, digests_of
+from culpa.trajectory.ranks.precision import computed, computing, precision_of
 from culpa.trajectory.ranks.shards import stepper
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import OptimizerSpec, StepRecord
@@ -157,6 +158,7 @@ class Engine:
         problem = self.problem.of(record.stage)
         with blamed(record.index, "evaluating"):
             set_modes(self.problem.model, record.evaluating)
+        problem = computed(problem, precision_of(record.optimizer.reduction))
         kept = tree.clone(self.buffers)
         with torch.no_grad(), blamed_on_loss(record.index):
             for batch, random in zip(batches, randoms, strict=True):
@@ -268,7 +270,8 @@ def _backward(
             continue
         if keep and record.drew_randomness:
             used.append(rng.capture())
-        with blamed_on_loss(record.index):
+        precision = precision_of(record.optimizer.reduction)
+        with blamed_on_loss(record.index), computing(problem.model, precision):
             share = part.weights, at - record.discarded, part.count
             loss = _weighted(problem.evaluate(batch), *share)
             (loss if scaler is None else scaler.scale(loss)).backward()

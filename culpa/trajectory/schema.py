@@ -53,6 +53,9 @@ class Stage(msgspec.Struct, frozen=True):
         return range(self.start, self.stop)
 
 
+Dtype = Literal["", "bfloat16", "float16", "float32", "float64"]
+
+
 class Group(msgspec.Struct, frozen=True):
     """One parameter group at one update: the names it holds, its hyperparameters, and the class.
 
@@ -62,6 +65,25 @@ class Group(msgspec.Struct, frozen=True):
     names: tuple[str, ...]
     hyper: dict[str, Any]
     optimizer: str
+
+
+class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """In which dtypes a module computes that ``fully_shard`` was applied to: its policy.
+
+    Empty: as everything is.
+    """
+
+    module: str
+    names: tuple[str, ...]
+    """Its parameters, of those that no module inside of it shards."""
+    params: Dtype = ""
+    """That they are cast to."""
+    reduce: Dtype = ""
+    """That their gradients are summed in."""
+    output: Dtype = ""
+    """That floating-point outputs are cast to."""
+    inputs: bool = True
+    """Whether floating-point inputs are cast as parameters are."""
 
 
 class Reduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -81,6 +103,8 @@ class Reduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     (ranks/shards.py); else all-reduced by ``DistributedDataParallel`` (ranks/reduce.py)."""
     each: bool = False
     """Whether every micro-batch was reduced by itself, and the means added up."""
+    precision: tuple[Precision, ...] = ()
+    """Of the modules that ``fully_shard`` lets compute in other dtypes (ranks/precision.py)."""
 
 
 class OptimizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

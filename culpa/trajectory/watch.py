@@ -184,7 +184,7 @@ class Watch(Staging):
         if self._before is not None:
             with recording.together(self._settings.partners):
                 if self._usual == 0:
-                    prove_reproducible(observer.problem, pending)
+                    prove_reproducible(observer, pending)
                 with self._proving.spending():
                     pending, detail, ended = identify(
                         *(observer, self._before, pending, detail, hypers),

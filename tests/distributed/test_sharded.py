@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import culpa
 from culpa.trajectory.ranks import exchange
@@ -40,6 +40,12 @@ SLOW = {
     "four, not resharded": (
         4,
         Sharding(updates=3, accumulate=2, options={"reshard_after_forward": False}),
+    ),
+    "two, computed in bfloat16": (
+        2,
+        Sharding(
+            updates=3, accumulate=2, options={"mp_policy": MixedPrecisionPolicy(torch.bfloat16)}
+        ),
     ),
     "four, momentum, dropout": (4, Sharding(updates=3, optimizer=MOMENTUM, dropout=0.3)),
 }

@@ -110,10 +110,20 @@ def edited(path: Path) -> None:
             optimizer.step()
 
 
-bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+def two_at_once() -> nn.Module:
+    model: Any = Sharding().model()
+    fully_shard([model[4], model[5]], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    return fully_shard(model)
+
+
+wide = MixedPrecisionPolicy(param_dtype=torch.float64)
 Cases = dict[str, tuple[Callable[[Path], None], str]]
 REFUSED: Cases = {
-    "other dtype": (lambda path: record(path, sharded(mp_policy=bf16)), "MixedPrecisionPolicy"),
+    "wider": (lambda path: record(path, sharded(mp_policy=wide)), "computes in a wider dtype"),
+    "several in bfloat16": (
+        lambda path: record(path, two_at_once()),
+        "MixedPrecisionPolicy of several modules at once",
+    ),
     "offload": (
         lambda path: record(path, sharded(offload_policy=CPUOffloadPolicy(pin_memory=False))),
         "CPUOffloadPolicy",

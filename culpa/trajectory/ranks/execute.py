@@ -94,6 +94,14 @@ def clip_grad_norm(record: StepRecord, params: Sequence[Tensor], bound: float) -
     torch.nn.utils.clip_grads_with_norm_(params, bound, norm)
 
 
+def _singles(part: Part) -> list[Part]:
+    """Each micro-batch of a rank by itself."""
+    return [
+        Part([b], [r], part.weights and (part.weights[at],), part.count)
+        for at, (b, r) in enumerate(zip(part.batches, part.randoms, strict=True))
+    ]
+
+
 def _cut(grads: Sequence[Tensor], rank: int, count: int) -> list[Tensor]:
     return [shards.shard(grad, rank, count) for grad in grads]
 
@@ -108,20 +116,31 @@ class _Reducing:
 
     def rounds(self, part: Part) -> list[Part]:
         """What of a rank's part is reduced at once: all of it, or each micro-batch."""
-        if not self.reduction.each:
-            return [part]
-        return [
-            Part([b], [r], part.weights and (part.weights[at],), part.count)
-            for at, (b, r) in enumerate(zip(part.batches, part.randoms, strict=True))
-        ]
+        return _singles(part) if self.reduction.each else [part]
 
     def passed(
         self, group: Ranks, backward: Backward, part: Part
     ) -> tuple[float, list[RandomState], Tree]:
         """A backward pass of this rank, and the mean over all."""
-        loss, drawn = backward(part)
-        mean = reduce.across_ranks(_taken(self.params), self.reduction, self.params, self.held)
-        return loss, drawn, mean
+        loss, drawn, own = self.gradients(backward, part)
+        return loss, drawn, reduce.across_ranks(own, self.reduction, self.params, self.held)
+
+    def gradients(self, backward: Backward, part: Part) -> tuple[float, list[RandomState], Tree]:
+        """A backward pass of one rank, and its gradients, taken away from the parameters.
+
+        Those of several micro-batches are added in the dtype that they are summed in.
+        """
+        if not self.reduction.precision:
+            return *backward(part), _taken(self.params)
+        total, used, own = 0.0, list[RandomState](), dict[str, Tensor]()
+        for single in _singles(part):
+            loss, drawn = backward(single)
+            total += loss
+            used += drawn
+            for name, grad in _taken(self.params).items():
+                dtype = reduce.summed_in(self.reduction, name) or grad.dtype
+                own[name] = (own[name] + grad if name in own else grad).to(dtype)
+        return total, used, own
 
     def put(self, means: Sequence[Tree]) -> None:
         """Leave the sum of all rounds at the parameters."""
@@ -146,11 +165,16 @@ class _Scattering(_Reducing):
             used = {n: p for n, p in pieces.items() if n in own or n not in self.held}
             return reduce.onto_shards(own, used, self.reduction)
 
-        early = len(part.batches) == 1
-        collector = Collector(self.reduction.buckets, onto_shards, early)
-        with collecting(collector):
-            loss, drawn = backward(part)
-        return loss, drawn, collector.finish()
+        singles, total, used = _singles(part), 0.0, list[RandomState]()
+        collector = Collector(self.reduction.buckets, onto_shards, early=len(singles) == 1)
+        for single in singles:
+            with collecting(collector):
+                loss, drawn = backward(single)
+            collector.micro_batch_is_over(lambda name: reduce.summed_in(self.reduction, name))
+            total += loss
+            used += drawn
+        found = collector.finish()
+        return total, used, {name: mean.to(self.params[name].dtype) for name, mean in found.items()}
 
 
 def _jointly(
@@ -191,10 +215,10 @@ def _alone(
             _write(buffers, before)
         taken = list[Tree]()
         for part in how.rounds(own):
-            loss, drawn = backward(part)
+            loss, drawn, own_grads = how.gradients(backward, part)
             total += loss / len(parts)
             used += drawn
-            taken.append(_taken(how.params))
+            taken.append(own_grads)
         after = after or clone(buffers)
         grads.append(taken)
     _write(buffers, after)

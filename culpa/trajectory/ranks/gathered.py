@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ class Piece:
         name: the parameter's.
         shape: of the whole.
         rank, ranks: whose piece, of how many.
+        dtype: that it is gathered in; ``None``: as it is.
     """
 
     name: str
     shape: torch.Size
     rank: int
     ranks: int
+    dtype: torch.dtype | None = None
 
     def of(self, whole: Tensor) -> Tensor:
         """The piece of a whole tensor of this shape; a view."""
@@ -48,8 +50,9 @@ class Piece:
 
     def whole(self, own: Tensor) -> Tensor:
         """The tensor that all ranks hold together; collective."""
-        every = own.new_empty((self.ranks * self._rows, *self.shape[1:]))
-        _newer("all_gather_single", "all_gather_into_tensor")(every, self._padded(own.detach()))
+        mine = own.detach().to(self.dtype or own.dtype)
+        every = mine.new_empty((self.ranks * self._rows, *self.shape[1:]))
+        _newer("all_gather_single", "all_gather_into_tensor")(every, self._padded(mine))
         _mark(every, own, self)
         return every[: self.shape[0]]
 
@@ -94,7 +97,8 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Note the piece, and who collects."""
-        ctx.piece, ctx.collector = inputs[1], _collecting.get()
+        own, ctx.piece = inputs
+        ctx.dtype, ctx.collector = own.dtype, _collecting.get()
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -105,7 +109,7 @@ class Gather(torch.autograd.Function):
         if ctx.collector is not None:
             ctx.collector.add(ctx.piece.name, grad)
             return None, None
-        return Scatter.apply(grad, ctx.piece), None
+        return Scatter.apply(grad.to(ctx.dtype), replace(ctx.piece, dtype=None)), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Any, _: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -195,7 +199,8 @@ class Collector:
         reduce: of some of one group, and the pieces of those of the group that were used; gives
             the gradients of this rank's shards.
         early: whether a group is complete as soon as each of its uses has come back; else all of
-            them wait for ``finish``, as gradients of several micro-batches do.
+            them wait for ``finish``, as gradients of several micro-batches do. In any case
+            ``micro_batch_is_over`` comes first.
     """
 
     def __init__(
@@ -210,6 +215,7 @@ class Collector:
         self._pieces: dict[str, Piece] = {}
         self._uses: dict[str, int] = {}
         self._whole: Tree = {}
+        self._sums: Tree = {}
         self._found: Tree = {}
 
     def expect(self, piece: Piece, counted: bool) -> None:
@@ -223,16 +229,23 @@ class Collector:
         self._uses[name] -= 1
         group = self._group_of.get(name, ())
         if self._early and all(n in self._whole and not self._uses[n] for n in group):
-            self._pass_on(group)
+            self._pass_on(self._whole, group)
+
+    def micro_batch_is_over(self, dtype_of: Callable[[str], torch.dtype | None]) -> None:
+        """Its gradients are added to those of the ones before, in these dtypes."""
+        for name, grad in self._whole.items():
+            added = self._sums[name] + grad if name in self._sums else grad
+            self._sums[name] = added.to(dtype_of(name) or grad.dtype)
+        self._whole = {}
 
     def finish(self) -> Tree:
         """All gradients of this rank's shards; collective."""
         for group in self._groups:
-            self._pass_on(group)
+            self._pass_on(self._sums, group)
         return self._found
 
-    def _pass_on(self, group: Sequence[str]) -> None:
-        own = {name: self._whole.pop(name) for name in group if name in self._whole}
+    def _pass_on(self, held: Tree, group: Sequence[str]) -> None:
+        own = {name: held.pop(name) for name in group if name in held}
         if not own:
             return
         pieces = {name: self._pieces[name] for name in group if name in self._pieces}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +47,22 @@ class Gathering(dict[str, Any]):
         held = super().__getitem__(key)
         if held is None or held is self._own.get(key):
             return held
-        return gathered(held, self._pieces[key])
+        piece = self._pieces[key]
+        dtype = _computed_in.get().get(piece.name)
+        return gathered(held, piece if dtype is None else replace(piece, dtype=dtype))
+
+
+_computed_in: ContextVar[Mapping[str, torch.dtype]] = ContextVar("dtypes", default={})  # noqa: B039
+
+
+@contextmanager
+def computed_in(dtypes: Mapping[str, torch.dtype]) -> Generator[None]:
+    """Inside, parameters of these names are gathered in these dtypes."""
+    token = _computed_in.set(dtypes)
+    try:
+        yield
+    finally:
+        _computed_in.reset(token)
 
 
 def pieces_of(group: Ranks) -> Cut:

@@ -44,7 +44,7 @@ def across_ranks(
     found: Tree = {}
     for names in _together(own, reduction, held):
         if reduction.sharded:
-            rows, before, after = _shards(own, names, params, reduction.ranks)
+            rows, before, after = _shards(own, names, params, reduction)
             found |= _unsharded(_everyone(_scattered(rows.div_(before), after)), names, params)
         else:
             bucket, views = _filled(own, names, params, reduction.ranks)
@@ -63,7 +63,7 @@ def onto_shards(own: Tree, pieces: Mapping[str, Piece], reduction: Reduction) ->
     """
     like = next(iter(own.values()))
     wholes = {n: own[n] if n in own else like.new_zeros(p.shape) for n, p in pieces.items()}
-    rows, before, after = _shards(wholes, [*wholes], wholes, reduction.ranks)
+    rows, before, after = _shards(wholes, [*wholes], wholes, reduction)
     row, found, at = _scattered(rows.div_(before), after), dict[str, Tensor](), 0
     for name in pieces:
         held = pieces[name].of(wholes[name]).shape
@@ -83,7 +83,7 @@ def in_one_process(
     found: Tree = {}
     for names in _together(parts[0], reduction, held):
         if reduction.sharded:
-            filled = [_shards(part, names, params, reduction.ranks) for part in parts]
+            filled = [_shards(part, names, params, reduction) for part in parts]
             rows, before, after = filled[0]
             total = summed([one.div_(before).reshape(-1) for one, _, _ in filled], reduction)
             divided = total.div_(reduction.ranks if after is None else after)
@@ -94,6 +94,15 @@ def in_one_process(
             bucket.copy_(summed([bucket for bucket, _ in buckets], reduction))
             found |= _taken(views, params)
     return found
+
+
+def summed_in(reduction: Reduction, name: str) -> torch.dtype | None:
+    """The dtype that a parameter's gradients are summed in; ``None``: its own."""
+    for one in reduction.precision:
+        if name in one.names:
+            dtype = one.reduce or one.params
+            return getattr(torch, dtype) if dtype else None
+    return None
 
 
 def _together(
@@ -110,10 +119,12 @@ def _together(
 
 
 def _shards(
-    grads: Mapping[str, Tensor], names: Sequence[str], params: Tree, ranks: int
+    grads: Mapping[str, Tensor], names: Sequence[str], params: Tree, reduction: Reduction
 ) -> tuple[Tensor, float, float | None]:
     """The gradients as they are scattered, what divides them before, and after; ``None``: N."""
     wholes = [grads[n] if n in grads else torch.zeros_like(params[n]) for n in names]
+    dtype, ranks = summed_in(reduction, names[0]), reduction.ranks
+    wholes = wholes if dtype is None else [whole.to(dtype) for whole in wholes]
     rows, before = packed(wholes, ranks), 1
     if rows.dtype in (torch.float32, torch.bfloat16):
         return rows, 1.0, None
@@ -139,7 +150,7 @@ def _everyone(own: Tensor) -> Tensor:
 
 def _unsharded(rows: Tensor, names: Sequence[str], params: Tree) -> Tree:
     wholes = unpacked(rows, [params[name] for name in names])
-    return dict(zip(names, wholes, strict=True))
+    return {n: whole.to(params[n].dtype) for n, whole in zip(names, wholes, strict=True)}
 
 
 def summed(parts: Sequence[Tensor], reduction: Reduction) -> Tensor:

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from culpa.errors import RecordError, UnsupportedError
-from culpa.trajectory.ranks.bare import bare, groups_of, in_pieces, reshard
+from culpa.trajectory import digest
+from culpa.trajectory.ranks.bare import bare, groups_of, in_pieces, reshard, states_of
 from culpa.trajectory.ranks.group import backend_of, several
 from culpa.trajectory.ranks.observing import ShardObserver
-from culpa.trajectory.schema import Reduction
+from culpa.trajectory.schema import Precision, Reduction
 from culpa.trajectory.together import Stepper, members_of
 
 ELEMENTWISE = (
@@ -96,7 +97,25 @@ class Sharded:
             tuple(bucket for bucket in buckets if bucket),
             sharded=True,
             each=micro_batches > 1 and max(counts, default=1) > 1,
+            precision=tuple(self._precision()),
         )
+
+    def _precision(self) -> Iterator[Precision]:
+        modules = {id(module): name for name, module in self.module.named_modules()}
+        for state in states_of(self.module):
+            policy, (module, *_) = state._mp_policy, state._modules
+            groups = [group for group in groups_of(module) if group.modules[0] is module]
+            params = [p for group in groups for p in group.fsdp_params]
+            found = Precision(
+                modules[id(module)],
+                tuple(self._names[id(p.sharded_param)] for p in params),
+                _dtype_name(policy.param_dtype),
+                _dtype_name(policy.reduce_dtype),
+                _dtype_name(policy.output_dtype),
+                policy.cast_forward_inputs,
+            )
+            if found.params or found.reduce or found.output:
+                yield found
 
     def bare(self) -> AbstractContextManager[None]:
         """Inside, the module is as it was before ``fully_shard``."""
@@ -110,6 +129,10 @@ class Sharded:
         """The recording has ended."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _dtype_name(dtype: Any) -> Any:
+    return "" if dtype is None else digest.dtype_name(dtype)
 
 
 def _trains(param: Any) -> bool:
@@ -143,7 +166,7 @@ def _unsupported(module: nn.Module, optimizer: Stepper) -> Iterator[tuple[bool, 
 def _of_group(group: Any) -> Iterator[tuple[bool, str]]:
     mesh, dtypes = group.mesh_info.mesh, {p.sharded_param.dtype for p in group.fsdp_params}
     policy = group.mp_policy
-    cast = [d for d in (policy.param_dtype, policy.reduce_dtype) if d and {d} != dtypes]
+    casts = policy.param_dtype or policy.reduce_dtype or policy.output_dtype
     yield (
         mesh.ndim != 1 or type(group.mesh_info).__name__ != "FSDPMeshInfo",
         "a mesh of several dimensions (HSDP, tensor parallelism): shard over all ranks, in one",
@@ -162,9 +185,14 @@ def _of_group(group: Any) -> Iterator[tuple[bool, str]]:
         " along dim 0",
     )
     yield (
-        bool(cast) or policy.output_dtype is not None,
-        "a MixedPrecisionPolicy of another dtype: use torch.autocast",
+        bool(casts) and (len(group.modules) > 1 or len(dtypes) > 1),
+        "a MixedPrecisionPolicy of several modules at once, or of parameters of several dtypes:"
+        " call fully_shard for each module, and leave them in one dtype",
     )
+    wider = policy.param_dtype is not None and any(
+        policy.param_dtype.itemsize > dtype.itemsize for dtype in dtypes
+    )
+    yield wider, "a MixedPrecisionPolicy that computes in a wider dtype: keep parameters in that"
     yield (
         type(group.offload_policy).__name__ != "OffloadPolicy",
         "CPUOffloadPolicy: leave it out",
