@@ -131,7 +131,8 @@ def test_a_file_shown_on_a_page_is_used_there() -> None:
         for shown in everything:
             if shown.file is None:
                 continue
-            used = rf"\b(python {shown.file}|{Path(shown.file).stem}:|from {Path(shown.file).stem})"
+            stem = Path(shown.file).stem
+            used = rf"\b(python {shown.file}|torchrun .*{shown.file}|{stem}:|from {stem})"
             others = "\n".join(block.code for block in everything if block is not shown)
             assert re.search(used, others), f"{page} shows {shown.file} and never uses it"
 
