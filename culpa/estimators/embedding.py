@@ -23,7 +23,7 @@ from culpa.estimators import directional
 from culpa.problem import Problem
 from culpa.trajectory import rng
 from culpa.trajectory.files import write_durably
-from culpa.trajectory.ranks.afterwards import first_writes, own, whole_on_first
+from culpa.trajectory.ranks.afterwards import first_writes, own, require_mine, whole_on_first
 from culpa.trajectory.schema import Stage
 from culpa.trajectory.state import on_cpu, on_model
 from culpa.tree import Tree
@@ -117,6 +117,7 @@ class StageEmbeddings(Mapping[str, Tree]):
         second order. Cost: one forward-mode product per stage; at order 2 about eight.
         """
         problem = self._problem()
+        require_mine(self.final, problem.model)
         everything = on_model(problem.model, self.final | self.buffers)
 
         def values(tensors: Tree) -> Tensor:
@@ -221,6 +222,7 @@ class StageEmbeddings(Mapping[str, Tree]):
 
     def _values(self, behaviour: Behaviour, tensors: Tree) -> Tensor:
         problem = self._problem()
+        require_mine(self.final, problem.model)
         tensors = on_model(problem.model, tensors)
         params = {n: tensors[n] for n in self.final}
         buffers = {n: tensors[n] for n in self.buffers}

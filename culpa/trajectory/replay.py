@@ -19,7 +19,7 @@ from culpa.trajectory.ahead import ahead
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.files import write_durably
-from culpa.trajectory.ranks.afterwards import first_writes, whole_on_first
+from culpa.trajectory.ranks.afterwards import first_writes, require_mine, whole_on_first
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import on_cpu
 from culpa.trajectory.walk import Randomness, check_step, checked, session
@@ -67,6 +67,7 @@ class Counterfactual:
 
         Positive: the removed updates raised the behaviour (credit); negative: blame.
         """
+        require_mine(self.state, self._problem.model)
         with session(self._run, self._problem, self.claim != BITWISE):
             observed = values_at(model_state(self._run), behaviour, self._problem)
             return observed - values_at((self.state, self.buffers), behaviour, self._problem)

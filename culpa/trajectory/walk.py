@@ -101,6 +101,11 @@ def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[
             f"the model is not the one recorded in {run.path}: {'; '.join(wrong[:5])}. Build it as "
             "the training script did."
         )
+    if holders() is None and any(p.is_meta for p in model.parameters()):
+        raise ProblemError(
+            f"the model given for {run.path} is on the meta device, without values: only inside of"
+            " culpa.across_ranks(shard=True) can it be. Build it as the training script did."
+        )
     losses = 1 + max((run.step(stage.start).loss for stage in run.stages), default=0)
     complete = run.manifest.status == "complete"
     problem.require_stages([stage.name for stage in run.stages], losses, complete)

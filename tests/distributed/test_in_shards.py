@@ -330,6 +330,17 @@ def test_what_shards_cannot_do_is_refused_on_every_rank(tmp_path: Path) -> None:
         run, problem = culpa.open_run(path), job.problem(nowhere(job))
         asked = [job.behaviour()]
         with culpa.across_ranks(shard=True):
+            removed = culpa.replay(run, problem, without="second")
+            embedded = culpa.embed(run, problem, stages=["second"])
+        outside = [
+            told(lambda: removed.save(tmp_path / "shards.safetensors")),
+            told(lambda: removed.effect(job.behaviour())),
+            told(lambda: embedded.effect(job.behaviour())),
+            told(lambda: embedded.save(tmp_path / "shards.safetensors")),
+        ]
+        assert all("made inside of across_ranks(shard=True)" in one for one in outside)
+        assert "on the meta device" in told(lambda: culpa.replay(run, problem))
+        with culpa.across_ranks(shard=True):
             return [
                 told(lambda: culpa.attribute(run, problem, asked)),
                 told(lambda: culpa.embed(run, problem)),

@@ -109,7 +109,7 @@ def apart(make: Callable[[], Made], leaves: Tree) -> tuple[Made, Apart]:
     try:
         with mode:
             made = make()
-    except Exception:
+    except Exception:  # a loss that takes derivatives by the leaves finds none by these layers
         if not mode.whole:
             raise
     else:

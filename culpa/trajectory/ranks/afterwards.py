@@ -112,6 +112,8 @@ def whole_on_first(params: Tree, model: nn.Module | None) -> Tree:
         OptionError: if they do, and there is no model to tell the shapes.
     """
     group = holders()
+    if model is not None:
+        require_mine(params, model)
     if group is None:
         return on_cpu(params)
     if model is None:
@@ -123,6 +125,24 @@ def whole_on_first(params: Tree, model: nn.Module | None) -> Tree:
         if group.first:
             found[name] = whole.cpu()
     return found
+
+
+def require_mine(params: Tree, model: nn.Module) -> None:
+    """Raise unless parameters are whole or, where ranks hold shards, this rank's.
+
+    Raises:
+        OptionError: for a result that was made inside of ``across_ranks(shard=True)`` and is used
+            outside of it, or the other way round.
+    """
+    group = holders()
+    for name, p in model.named_parameters():
+        mine = p.shape if group is None else pieces_of(group)(name, p.shape).held
+        if name in params and params[name].shape != mine:
+            raise OptionError(
+                f"{name} has shape {list(params[name].shape)}, expected {list(mine)}: it is whole"
+                " or a shard. A result made inside of across_ranks(shard=True) holds this rank's"
+                " shards, and is saved and evaluated inside, on every rank; any other outside."
+            )
 
 
 def first_writes(write: Callable[[], object]) -> None:

@@ -65,6 +65,11 @@ class Piece:
         return own[: self.of(whole).shape[0]]
 
     @property
+    def held(self) -> torch.Size:
+        """The shape of the piece."""
+        return self.of(torch.empty(self.shape, device="meta")).shape
+
+    @property
     def _rows(self) -> int:
         return -(-self.shape[0] // self.ranks)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,7 +53,10 @@ class Gathering(dict[str, Any]):
         return gathered(held, piece if dtype is None else replace(piece, dtype=dtype))
 
 
-_computed_in: ContextVar[Mapping[str, torch.dtype]] = ContextVar("dtypes", default={})  # noqa: B039
+_EVERYTHING_AS_IT_IS: Mapping[str, torch.dtype] = MappingProxyType({})
+_computed_in: ContextVar[Mapping[str, torch.dtype]] = ContextVar(
+    "dtypes", default=_EVERYTHING_AS_IT_IS
+)
 
 
 @contextmanager
@@ -125,10 +129,10 @@ def held_in_shards(
     """
     stand_ins: dict[int, Any] = {}
     for name, p in model.named_parameters():
-        mine = _empty(_shard_of(p, cut(name, p.shape)), p) if own is None else own[name]
+        mine = _empty(cut(name, p.shape).held, p) if own is None else own[name]
         stand_ins[id(p)] = nn.Parameter(mine, p.requires_grad)
     for b in model.buffers():
-        stand_ins[id(b)] = _empty(b, b) if own is None else b
+        stand_ins[id(b)] = _empty(b.shape, b) if own is None else b
     with gathering(model, cut):
         held: list[tuple[dict[str, Any], str, Any]] = [
             (place, key, tensor)
@@ -146,16 +150,12 @@ def held_in_shards(
                 place[key] = tensor
 
 
-def _shard_of(p: Tensor, piece: Piece) -> Tensor:
-    return piece.of(torch.empty(p.shape, dtype=p.dtype, device="meta"))
-
-
 def _params(module: nn.Module) -> dict[str, Any]:
     return module.__dict__["_parameters"]
 
 
-def _empty(like: Tensor, where: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=where.dtype, device=device_of(where))
+def _empty(shape: torch.Size, like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=device_of(like))
 
 
 def _require_gatherable(model: nn.Module) -> None:

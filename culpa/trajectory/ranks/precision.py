@@ -7,6 +7,7 @@ are summed over the ranks is reduce.py's.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.utils import (
-    _apply_to_tensors,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-)
 
 from culpa.problem import Loss, Problem
 from culpa.trajectory.ranks.lent import Gathering, computed_in
@@ -129,7 +127,9 @@ def _cast_output(dtype: torch.dtype, _module: Any, _args: Any, output: Any) -> A
 
 
 def _cast(dtype: torch.dtype, values: Any) -> Any:
+    utils: Any = importlib.import_module("torch.distributed.utils")  # not in every build of torch
+
     def to(value: Tensor) -> Tensor:
         return value.to(dtype) if value.is_floating_point() else value
 
-    return _apply_to_tensors(to, values)  # as FSDP2 looks for them
+    return utils._apply_to_tensors(to, values)  # as FSDP2 looks for them
