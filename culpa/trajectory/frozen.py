@@ -122,6 +122,12 @@ class Frozen:
         if not self.by_reference:
             return
         given = {name: params[name].detach() for name in self.by_reference if name in params}
+        nowhere = [name for name, value in given.items() if value.is_meta]
+        if nowhere:
+            raise ProblemError(
+                f"{self._source.where} was recorded with frozen='reference', so {nowhere[0]} must"
+                " be in the model, and that is on the meta device. Load the frozen parameters."
+            )
         seen = {name: (params[name]._version, params[name].data_ptr()) for name in given}
         if self._given and seen == self._seen:
             return

@@ -111,7 +111,7 @@ def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[
     problem.require_stages([stage.name for stage in run.stages], losses, complete)
     optimizers = {run.step(stage.start).optimizer for stage in run.stages}
     reductions, by_reference = {o.reduction for o in optimizers}, run.frozen.by_reference
-    require_shards(str(run.path), reductions, model, by_reference, allow_drift)
+    require_shards(str(run.path), reductions, allow_drift)
     keep_freed()
     recorded, given = run.manifest.environment, dict(model.named_parameters())
     apart = holders()

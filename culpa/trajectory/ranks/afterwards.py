@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from culpa.errors import OptionError, ProblemError, UnsupportedError
+from culpa.errors import OptionError, UnsupportedError
 from culpa.trajectory.ranks.joined import holders
 from culpa.trajectory.ranks.lent import pieces_of
 from culpa.trajectory.ranks.shards import shard
@@ -48,8 +48,6 @@ def own(params: Tree) -> Tree:
 def require_shards(
     where: str,
     reductions: Iterable[Reduction | None],
-    model: nn.Module,
-    by_reference: Iterable[str],
     allow_drift: bool,
 ) -> None:
     """Raise unless the ranks of this job can walk a run with a shard each, where they are to.
@@ -57,12 +55,10 @@ def require_shards(
     Args:
         where: the run, for messages.
         reductions: of its updates.
-        model: the one given.
-        by_reference: the parameters that are not in the run.
         allow_drift: what was asked for.
 
     Raises:
-        UnsupportedError, ProblemError, OptionError: saying what is wrong.
+        UnsupportedError, OptionError: saying what is wrong.
     """
     group = holders()
     if group is None:
@@ -79,13 +75,6 @@ def require_shards(
         raise OptionError(
             "allow_drift=True cannot be combined with across_ranks(shard=True): a drift is not"
             " measured in shards. Leave out one of them."
-        )
-    named = dict(model.named_parameters())
-    nowhere = [name for name in by_reference if named[name].is_meta]
-    if nowhere:
-        raise ProblemError(
-            f"{where} was recorded with frozen='reference', so {nowhere[0]} must be in the model,"
-            " and that is on the meta device. Load the frozen parameters into it."
         )
 
 
