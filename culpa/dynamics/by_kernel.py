@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from culpa.dynamics import batch_norm, convolution
+from culpa.dynamics import attention, batch_norm, convolution
 
 CONVOLUTIONS: dict[Callable[..., Tensor], int] = {
     torch.conv1d: 1,
@@ -25,7 +25,7 @@ _NORMALISES = inspect.signature(functional.batch_norm)
 
 
 class ByKernel(TorchFunctionMode):
-    """Inside, models run on ``batch_norm`` and ``convolution`` of this package, where they can.
+    """Inside, models run on this package's attention, batch_norm and convolution, where they can.
 
     Reverse mode only; differentiable twice.
     """
@@ -38,13 +38,17 @@ class ByKernel(TorchFunctionMode):
             found = convolved(given, CONVOLUTIONS[func])
         elif func is functional.batch_norm:
             found = _normalised(_NORMALISES.bind(*args, **(kwargs or {})).arguments)
+        elif func is functional.scaled_dot_product_attention:
+            found = _attended(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if found is None else found
 
 
-def convolved(given: dict[str, Any], dimensions: int, apart: bool = False) -> Tensor | None:
+def convolved(
+    given: dict[str, Any], dimensions: int, weights: convolution.Weights = "twice"
+) -> Tensor | None:
     """A convolution of ``given`` arguments by kernels; ``None`` where torch's own is to be used.
 
-    ``apart``: see ``convolution.convolve``.
+    ``weights``: see ``convolution.convolve``.
     """
     inputs, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
     at = convolution.geometry(dimensions, **given)
@@ -52,17 +56,31 @@ def convolved(given: dict[str, Any], dimensions: int, apart: bool = False) -> Te
         return None
     if torch.is_autocast_enabled(inputs.device.type):
         return None  # it would convolve in half precision, and what the loop did is wanted
-    return convolution.convolve(inputs, weight, bias, at, apart)
+    return convolution.convolve(inputs, weight, bias, at, weights)
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    if dropout_p or enable_gqa or torch.is_autocast_enabled(query.device.type):
+        return None
+    if not attention.written_out(query, key, value, attn_mask, is_causal):
+        return None
+    return attention.attend(query, key, value, attn_mask, is_causal, scale)
 
 
 def _normalised(given: Mapping[str, Any]) -> Tensor | None:
     inputs, weight = given["input"], given.get("weight")
     if not given.get("training") or not batch_norm.written_out(inputs, weight):
         return None
+    moved = given["running_mean"], given["running_var"], given.get("momentum", 0.1)
     bias, eps = given.get("bias"), given.get("eps", 1e-5)
-    out, mean, variance = batch_norm.normalise(inputs, weight, bias, eps)
-    with torch.no_grad():
-        for name, value in (("running_mean", mean), ("running_var", variance)):
-            if given[name] is not None:
-                given[name].lerp_(value.to(given[name].dtype), given.get("momentum", 0.1))
-    return out
+    return batch_norm.normalise(inputs, weight, bias, eps, moved)[0]
