@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -71,7 +72,15 @@ def entries(data: memoryview) -> Iterator[tuple[str, Entry, memoryview]]:
             f"its header claims {size} bytes; the file has {len(data)}, and {MAX_HEADER} is the"
             " most allowed"
         )
-    text = bytes(data[8 : 8 + size])
+    body = data[8 + size :]
+    for name, entry in _described(bytes(data[8 : 8 + size]), len(body)):
+        start, stop = entry.data_offsets
+        yield name, entry, body[start:stop]
+
+
+@lru_cache(maxsize=4)  # the states of a run have one header, and decoding it took half of reading
+def _described(text: bytes, size: int) -> tuple[tuple[str, Entry], ...]:
+    """What a header says of a body of so many bytes, checked."""
     try:
         found = msgspec.json.decode(text, type=dict[str, Entry])
     except DAMAGED as error:
@@ -79,21 +88,21 @@ def entries(data: memoryview) -> Iterator[tuple[str, Entry, memoryview]]:
     canonical = msgspec.json.encode(found)
     if canonical + b" " * (-len(canonical) % 8) != text:
         raise IntegrityError("its header is not the compact JSON of a list of tensors")
-    body, at = data[8 + size :], 0
+    at = 0
     for name, entry in found.items():
         start, stop = entry.data_offsets
         if entry.dtype not in DTYPES:
             raise IntegrityError(f"{name!r} has the unknown dtype {entry.dtype!r}")
         expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-        if start != at or stop - start != expected or stop > len(body):
+        if start != at or stop - start != expected or stop > size:
             raise IntegrityError(
                 f"{name!r} of shape {list(entry.shape)} and dtype {entry.dtype} needs {expected}"
-                f" bytes from {at} on; its header says {start} to {stop}, the file has {len(body)}"
+                f" bytes from {at} on; its header says {start} to {stop}, the file has {size}"
             )
         at = stop
-        yield name, entry, body[start:stop]
-    if at != len(body):
-        raise IntegrityError(f"{len(body) - at} bytes follow the last tensor")
+    if at != size:
+        raise IntegrityError(f"{size - at} bytes follow the last tensor")
+    return tuple(found.items())
 
 
 def load(data: memoryview, cut: Cut | None = None) -> Tree:
