@@ -23,13 +23,14 @@ from culpa.behaviour import Behaviour
 from culpa.errors import OptionError, StageError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
+from culpa.trajectory.compared import Randomness
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.replay import check_counterfactual, execute
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import Stage
 from culpa.trajectory.state import State
-from culpa.trajectory.walk import Randomness, session
+from culpa.trajectory.walk import session
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from culpa.behaviour import Behaviour
 from culpa.errors import OptionError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
+from culpa.trajectory.compared import Randomness
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.replay import execute, measure_drift, values_at
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State
-from culpa.trajectory.walk import Randomness, forward, session
+from culpa.trajectory.walk import forward, session
 from culpa.tree import Tree
 
 NOT_THE_RECORD = frozenset({-1})

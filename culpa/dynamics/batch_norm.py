@@ -38,17 +38,26 @@ def written_out(inputs: Tensor, weight: Tensor | None) -> bool:
     return same and inputs.dtype in _WIDE and inputs.ndim > 1 and inputs.numel() > inputs.shape[1]
 
 
+Running = tuple[Tensor | None, Tensor | None, float]
+"""Running mean and variance, which move, and by which share."""
+
+
 def normalise(
-    inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    inputs: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: Running = (None, None, 0.0),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise by the batch: ``[B, C, ...]`` to the same shape, and the channels' mean, variance.
 
     Equal to ``torch.nn.functional.batch_norm(training=True)``, ``torch.mean`` and ``torch.var`` but
-    for rounding. Reverse mode only; differentiable twice.
+    for rounding. Reverse mode only; differentiable twice. ``running`` statistics are moved outside
+    of autograd, by torch's kernel, as in training.
     """
     scale = inputs.new_ones(inputs.shape[1]) if weight is None else weight
     shift = inputs.new_zeros(inputs.shape[1]) if bias is None else bias
-    found: Any = _Normalise.apply(inputs, scale, shift, eps)
+    found: Any = _Normalise.apply(inputs, scale, shift, eps, running)
     return found
 
 
@@ -57,10 +66,11 @@ class _Normalise(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, running: Running
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``normalise``."""
-        y, mean, root = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
+        held, kept, share = running
+        y, mean, root = torch.native_batch_norm(x, gamma, beta, held, kept, True, share, eps)
         count = x.numel() // x.shape[1]
         variance = (root.pow(-2) - eps).mul_(count / (count - 1))
         ctx.save_for_backward(x, gamma, mean, root)
@@ -83,7 +93,7 @@ class _Normalise(Function):
             level = (zero if of_mean is None else of_mean) / count - slope * mean
             moved = torch.addcmul(_channels(level, x), x, _channels(slope, x))
             of_x = moved if of_x is None else of_x + moved
-        return of_x, of_gamma, of_beta, None
+        return of_x, of_gamma, of_beta, None, None
 
 
 class _Backward(Function):

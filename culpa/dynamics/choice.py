@@ -105,6 +105,11 @@ class Choice:
         """The strategy for products that these are to be compared with, no dearer than need be."""
         return "finite-difference" if self.provisional else self.reference
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether it now multiplies by differentiating the gradient once more."""
+        return isinstance(self.propagator, Exact) and self.propagator.hvp == "reverse-over-reverse"
+
     def again(self) -> Choice:
         """The same choice for another sweep, with nothing measured yet."""
         return replace(self, gaps={})

@@ -13,13 +13,14 @@ and the last two are one call of torch's backward kernel.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+Weights = Literal["twice", "once", "never"]
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -52,14 +53,15 @@ def written_out(inputs: Tensor, weight: Tensor) -> bool:
 
 
 def convolve(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry, apart: bool = False
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry, weights: Weights = "twice"
 ) -> Tensor:
     """``torch.conv1d``, ``conv2d`` or ``conv3d``. Reverse mode only; differentiable twice.
 
-    ``apart``: a backward pass that is itself differentiated gives no gradient by weight and bias
-    (curvature/apart.py, which takes them another way).
+    ``weights``: what a backward pass that is itself differentiated gives by weight and bias: a
+    gradient that can be differentiated, one that cannot, or none (curvature/apart.py, which takes
+    them another way).
     """
-    found: Any = _Convolve.apply(inputs, weight, bias, at, apart)
+    found: Any = _Convolve.apply(inputs, weight, bias, at, weights)
     return found
 
 
@@ -68,11 +70,11 @@ class _Convolve(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, at: Geometry, apart: bool
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, at: Geometry, weights: Weights
     ) -> Tensor:
         """torch's."""
         ctx.save_for_backward(x, w)
-        ctx.at, ctx.apart = at, apart
+        ctx.at, ctx.weights = at, weights
         return _forward(x, w, bias, at)
 
     @staticmethod
@@ -81,10 +83,15 @@ class _Convolve(Function):
         (g,) = cotangents
         x, w = ctx.saved_tensors
         of_x, of_w, of_bias, _, _ = ctx.needs_input_grad
-        if ctx.apart and torch.is_grad_enabled():
+        by_w = by_bias = None
+        if ctx.weights != "twice" and torch.is_grad_enabled():
+            if ctx.weights == "once":
+                with torch.no_grad():
+                    _, by_w, by_bias = _backward(g, x, w, ctx.at, (False, of_w, of_bias))
             of_w = of_bias = False
         found: Any = _Backward.apply(g, x, w, ctx.at, (of_x, of_w)) if of_x or of_w else (None,) * 2
-        return *found, g.sum([0, *range(2, g.ndim)]) if of_bias else None, None, None
+        by_bias = g.sum([0, *range(2, g.ndim)]) if of_bias else by_bias
+        return found[0], found[1] if of_w else by_w, by_bias, None, None
 
 
 class _Backward(Function):
@@ -98,7 +105,7 @@ class _Backward(Function):
         ctx.save_for_backward(g, x, w)
         ctx.at = at
         ctx.set_materialize_grads(False)
-        return _backward(g, x, w, at, wanted)
+        return _backward(g, x, w, at, (*wanted, False))[:2]
 
     @staticmethod
     @once_differentiable  # its type has no names of parameters
@@ -113,9 +120,9 @@ class _Backward(Function):
             along = _forward(x, a, None, ctx.at)
             of_g = along if of_g is None else of_g.add_(along)
         _, x_too, w_too, _, _ = ctx.needs_input_grad
-        wanted = a is not None and x_too, h is not None and w_too
+        wanted = a is not None and x_too, h is not None and w_too, False
         # Where one is missing, what stands for it says nothing but its shape.
-        of_x, of_w = _backward(g, x if h is None else h, w if a is None else a, ctx.at, wanted)
+        of_x, of_w, _ = _backward(g, x if h is None else h, w if a is None else a, ctx.at, wanted)
         return of_g, of_x, of_w, None, None
 
 
@@ -125,12 +132,14 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
 
 
 def _backward(
-    g: Tensor, x: Tensor, w: Tensor, at: Geometry, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+    g: Tensor, x: Tensor, w: Tensor, at: Geometry, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By x, w and the bias, those that are wanted."""
     if not any(wanted):
-        return None, None
-    flat = (0,) * len(at.stride)
-    of_x, of_w, _ = torch.ops.aten.convolution_backward(
-        g, x, w, None, at.stride, at.padding, at.dilation, False, flat, at.groups, [*wanted, False]
+        return None, None, None
+    flat, sizes = (0,) * len(at.stride), [len(w)] if wanted[2] else None
+    found = torch.ops.aten.convolution_backward(
+        g, x, w, sizes, at.stride, at.padding, at.dilation, False, flat, at.groups, [*wanted]
     )
-    return of_x if wanted[0] else None, of_w if wanted[1] else None
+    of_x, of_w, of_bias = (f if need else None for f, need in zip(found, wanted, strict=True))
+    return of_x, of_w, of_bias

@@ -34,13 +34,14 @@ CLOSE = 1e-2
 """Relative difference of the loss from the examples' mean that rounding in bfloat16 explains."""
 
 
-class _Weighted(LocalLoss):
+class Weighted(LocalLoss):
     """f(theta, u) of the module's docstring, u under the name ``WEIGHTS``."""
 
     def __init__(self, local: LocalLoss, examples: int) -> None:
         super().__init__(local.problem, local.transition, observed=False)
         like = next(iter(self.params.values()))
         self.params = {**self.params, WEIGHTS: torch.ones(examples).to(like)}
+        self.graph = local.graph
 
     def value(self, params: Tree) -> Tensor:
         """f, differentiable in both."""
@@ -83,7 +84,7 @@ def products(
             local, lambda part, n: products(propagator, part, cotangents, n), cotangents, examples
         )
     if isinstance(propagator, Exact) and propagator.hvp in (*CHOSEN, *hessian.EXACT):
-        weighted = _Weighted(local, examples)
+        weighted = Weighted(local, examples)
         still = torch.zeros_like(weighted.params[WEIGHTS])
         found = propagator.products(weighted, [{**w, WEIGHTS: still} for w in cotangents])
         slopes = [product.pop(WEIGHTS) for product in found]

@@ -65,7 +65,8 @@ def _by_batch(func: Any, given: Mapping[str, Any], dtype: torch.dtype) -> tuple[
     inputs: Tensor = given["input"]
     instances = func is functional.instance_norm
     if not instances and inputs.dtype == dtype and batch_norm.written_out(inputs, given["weight"]):
-        return batch_norm.normalise(inputs, given["weight"], given["bias"], given["eps"])
+        moved = given["running_mean"], given["running_var"], float(given["momentum"])
+        return batch_norm.normalise(inputs, given["weight"], given["bias"], given["eps"], moved)
     out = func(**{**given, "running_mean": None, "running_var": None})
     made = [_statistic(stat, inputs.to(dtype), instances) for stat in (torch.mean, torch.var)]
     return out, *made

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from culpa import tree
 from culpa.dynamics.by_kernel import ByKernel
+from culpa.dynamics.curvature.kept import Graph
 from culpa.dynamics.shares import decide, over_ranks
 from culpa.errors import UnsupportedError
 from culpa.problem import Problem
@@ -43,6 +44,7 @@ class LocalLoss:
         self.transition = transition
         self.observed = observed and not transition.rounded
         self.grads = transition.grads
+        self.graph: Graph | None = transition.graph if self.observed else None
         for name, grad in self.grads.items():
             if grad.layout is not torch.strided:
                 raise UnsupportedError(
@@ -206,7 +208,7 @@ class LocalLoss:
         before = replace(self.transition.before, buffers=self.transition.before.buffers | buffers)
         there = self.of(replace(self.transition, before=before))
         grads = there.moving(there.gradient(there.params))
-        return LocalLoss(self.problem, replace(there.transition, grads=grads))
+        return LocalLoss(self.problem, replace(there.transition, grads=grads, graph=None))
 
     def everything(self, params: Tree) -> Tree:
         """All parameters of the state, with ``params`` in place of the observed ones."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from culpa import tree
-from culpa.dynamics.curvature.apart import Apart, Slopes, apart
+from culpa.dynamics.curvature.apart import Slopes, apart
 from culpa.dynamics.follow import Follow
 from culpa.dynamics.local import LocalLoss, reversible_twice
 from culpa.dynamics.running import floating, owner_of, unknown
@@ -40,11 +40,16 @@ FOLLOWED = (1e-2, 1e-5)
 
 @dataclass(frozen=True)
 class Traced:
-    """One update's forward passes: the loss, the buffers after them, and those it depended on."""
+    """One update's forward passes: the loss, the buffers after them, and those it depended on.
+
+    ``held`` are the buffers that the module itself moved, in the last pass; those that a kernel
+    moves have the bits of training.
+    """
 
     loss: Tensor
     buffers: Tree
     read: frozenset[str]
+    held: Tree
 
 
 def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
@@ -57,6 +62,7 @@ def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
     values, ends = start, list[Tree]()
     losses: list[Tensor] = []
     read: set[str] = set()
+    held: Tree = {}
     for at, (weight, batch) in enumerate(local.micro_batches()):
         if at and at % local.batches_a_rank == 0:
             ends, values = [*ends, values], start
@@ -68,7 +74,8 @@ def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
         # Counts of batches are moved by the module itself, in place.
         moved = {n: v for n, v in held.items() if not v.is_floating_point()}
         values, read = follow.values | moved, read | follow.read
-    return Traced(torch.stack(losses).sum(), [*ends, values][0], frozenset(read))
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return Traced(loss, [*ends, values][0], frozenset(read), held)
 
 
 def advance(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
@@ -82,7 +89,7 @@ def check(local: LocalLoss, running: Sequence[str]) -> None:
 
     Cost: one forward pass.
     """
-    _, moving = _leaves(local, running)
+    _, moving = leaves(local, running)
     if moving:
         _check_followed(local, advance(local, local.params, {}), moving)
 
@@ -112,18 +119,21 @@ def pullback(
     Raises:
         UnsupportedError: for a statistic that the observed update did not move as modelled here.
     """
-    theta, moving = _leaves(local, running)
+    theta, moving = leaves(local, running)
     columns = _columns(local, running)
     found: list[tuple[Tree, Tree]] = []
     with torch.enable_grad(), reversible_twice():
-        if curved:
+        bent = local.graph.use(theta) if curved and local.graph is not None else None
+        if bent is not None and local.graph is not None:
+            traced, moving = local.graph.aside
+        elif curved:
             traced, mode = apart(lambda: trace(local, theta, moving), theta)
+            bent = Slopes(traced.loss, theta, mode)
         else:
-            traced, mode = trace(local, theta, moving), Apart(theta)
+            traced = trace(local, theta, moving)
         _check_followed(local, traced, moving)
         after = [traced.buffers[n] for n in moving]
         crossed = not curved and bool(traced.read & moving.keys())
-        bent = Slopes(traced.loss, theta, mode) if curved else None
         slopes = _gradients([traced.loss], theta) if crossed else {}
         for w, p in zip(gradients, cotangents, strict=True):
             weights = [_entry(p, n, v) for n, v in moving.items()]
@@ -153,7 +163,7 @@ def pushforward(
     The transpose of ``pullback``: J v is the derivative of u -> J^T u applied to v, which needs no
     forward mode. Cost: about four gradients.
     """
-    theta, moving = _leaves(local, running)
+    theta, moving = leaves(local, running)
     into = [_entry(displacement, n, v) for n, v in theta.items()]
     aside = [_entry(statistics, n, v) for n, v in moving.items()]
     with torch.enable_grad(), reversible_twice():
@@ -173,15 +183,12 @@ def pushforward(
     return tree.map_values(torch.detach, gained), tree.map_values(torch.detach, moved)
 
 
-def _leaves(local: LocalLoss, running: Sequence[str]) -> tuple[Tree, Tree]:
+def leaves(local: LocalLoss, running: Sequence[str]) -> tuple[Tree, Tree]:
     """Parameters and running statistics of the observed state, ready to be differentiated by."""
     buffers = local.transition.before.buffers
     moving = floating({name: buffers[name] for name in running})
-
-    def ready(part: Tree) -> Tree:
-        return {name: value.detach().clone().requires_grad_() for name, value in part.items()}
-
-    return ready(local.params), ready(moving)
+    theta = {name: value.detach().requires_grad_() for name, value in local.params.items()}
+    return theta, {name: v.detach().clone().requires_grad_() for name, v in moving.items()}
 
 
 def _gradients(

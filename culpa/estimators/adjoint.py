@@ -19,7 +19,7 @@ from culpa.dynamics.updates import Rules
 from culpa.errors import OptionError, UnsupportedError
 from culpa.estimators.curved import Curvature, curvature, mean_at, second_order
 from culpa.estimators.effects import running_statistics
-from culpa.estimators.passage import passage
+from culpa.estimators.passage import graphs, passage
 from culpa.estimators.smoothing import Smoothing, Trajectory, summarise
 from culpa.estimators.sweep import Adjoint, Sweep
 from culpa.estimators.trust import Trust
@@ -135,9 +135,10 @@ def attribute(
         Scores with their trust. Cost: one replay of the run, but for updates between two kept
         states, which are read (passage.py); and for each update and behaviour a gradient, where
         differences agree with the exact products (choice.py; ``Scores.strategy`` says so), else
-        2.5 gradients and one or two for each further behaviour; and in all some 40 gradients for
-        checks and trust. With smoothing the same for each further trajectory, and one replay more.
-        Memory: Q adjoints and O(sqrt(K)) states.
+        2.5 gradients, one less where the replay left its graph, and one or two for each further
+        behaviour; and in all some 40 gradients for checks and trust. With smoothing the same for
+        each further trajectory, and one replay more.
+        Memory: Q adjoints, O(sqrt(K)) states and up to 256 MB of graphs (``culpa.InMemory``).
 
     Raises:
         BehaviourError: if a behaviour does not return one finite number per test point.
@@ -183,7 +184,8 @@ def attribute(
             again = [choice.again() for _ in range(perturbed)]
             asked = run, rules, counterfactual, examples, watch
             sweep = Sweep(problem, adjoints, width, choice, run.num_steps, running)
-            observed = sweep.along(passage(run, engine, hold), *asked)
+            taker = graphs(run, problem, choice, running, examples, hold)
+            observed = sweep.along(passage(run, engine, hold, taker), *asked)
             swept = [(observed, bent)]
             starts = smoothing.starts(run) if smoothing else iter(())
             for start, its_choice in zip(starts, again, strict=True):

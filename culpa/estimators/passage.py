@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from culpa.dynamics.choice import Choice
+from culpa.dynamics.graphs import Graphs
 from culpa.dynamics.recovered import recovered
 from culpa.errors import IntegrityError
+from culpa.problem import Problem
 from culpa.trajectory import digest
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.hold import Hold, InMemory, backward
@@ -20,17 +23,20 @@ from culpa.trajectory.ranks.joined import sharing
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State
-from culpa.trajectory.walk import Transition, forward
+from culpa.trajectory.taken import Taker
+from culpa.trajectory.walk import Transition, segment
 
 PROVED = 8
 """So many updates of a run are executed and compared bit for bit, whatever could be read."""
 
 
-def passage(run: Run, engine: Engine, hold: Hold | None = None) -> Iterator[Transition]:
+def passage(
+    run: Run, engine: Engine, hold: Hold | None = None, taker: Taker | None = None
+) -> Iterator[Transition]:
     """``backward`` for a run of which states next to each other may be kept.
 
-    A transition that was read has no loss (nan). Cost: nothing but reading where states are kept,
-    else one replay of the updates; memory as for ``backward``.
+    A transition that was read has no loss (nan) and no graph. Cost: nothing but reading where
+    states are kept, else one replay of the updates; memory as for ``backward``.
 
     Raises:
         IntegrityError: if a state is not the recorded one, or an executed update does not give it.
@@ -40,7 +46,7 @@ def passage(run: Run, engine: Engine, hold: Hold | None = None) -> Iterator[Tran
     # Ranks that share the work share an executed update's loss too, which they need.
     executed = engine.fidelity.allow_drift or sharing() is not None
     if executed or pairs <= PROVED + len(run.stages):
-        yield from backward(run, engine, hold=hold)
+        yield from backward(run, engine, hold=hold, taker=taker)
         return
     hold = hold or InMemory()
     stride = max(1, run.num_steps // PROVED)
@@ -58,7 +64,29 @@ def passage(run: Run, engine: Engine, hold: Hold | None = None) -> Iterator[Tran
                 after = start
                 continue
         after = None
-        yield from hold.backwards(forward(run, engine, low, high))
+        yield from hold.backwards(segment(run, engine, low, high, taker))
+
+
+def graphs(
+    run: Run,
+    problem: Problem,
+    choice: Choice,
+    running: Sequence[str],
+    by_example: bool,
+    hold: Hold | None = None,
+) -> Graphs | None:
+    """Keeps graphs of the replay, if updates wait in memory and products differentiate twice."""
+    hold = hold or InMemory()
+    if not isinstance(hold, InMemory) or hold.dtype is not None:
+        return None
+    if sharing() is not None or (running and by_example):
+        return None
+
+    def count(k: int) -> int:
+        return len(run.example_ids(k))
+
+    examples = count if by_example else None
+    return Graphs(problem, hold.graphs, lambda: choice.differentiates, examples, running)
 
 
 def _read(run: Run, k: int, before: State, after: State) -> Transition | None:

@@ -13,12 +13,13 @@ from culpa.errors import OptionError, UnsupportedError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.ahead import ahead
+from culpa.trajectory.compared import Randomness
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.replay import Counterfactual, check_counterfactual, replay, updates_of
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State, on_cpu
-from culpa.trajectory.walk import Randomness, checked, session
+from culpa.trajectory.walk import checked, session
 
 WORTH = 0.9
 """``"auto"`` goes side by side where that takes less than this share of one after the other."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from culpa.errors import OptionError
+from culpa.trajectory.compared import Randomness
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State
-from culpa.trajectory.walk import Randomness, Transition, onward
+from culpa.trajectory.walk import Transition, onward
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from culpa import tree
 from culpa.problem import Problem
-from culpa.trajectory import rng
+from culpa.trajectory import passes, rng
 from culpa.trajectory.blame import blamed, blamed_on_loss
 from culpa.trajectory.borrowing import set_modes, write
 from culpa.trajectory.fidelity import Fidelity
@@ -25,11 +25,12 @@ from culpa.trajectory.optimizers import as_kept, gather_slots
 from culpa.trajectory.ranks.execute import Part, accumulate, clip_grad_norm
 from culpa.trajectory.ranks.joined import holders
 from culpa.trajectory.ranks.lent import WholeDigests, digests_of
-from culpa.trajectory.ranks.precision import computed, computing, precision_of
+from culpa.trajectory.ranks.precision import computed, precision_of
 from culpa.trajectory.ranks.shards import stepper
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import OptimizerSpec, StepRecord
 from culpa.trajectory.state import State
+from culpa.trajectory.taken import Taken
 from culpa.trajectory.together import Stepper, members_of
 from culpa.tree import Slots, Tree
 
@@ -115,23 +116,26 @@ class Engine:
         randoms: Sequence[RandomState | None],
         *,
         keep: bool = True,
+        taken: Taken | None = None,
     ) -> Executed:
         """One update, each micro-batch from its ``randoms`` or, if ``None``, as they stand.
 
-        ``keep``: whether its gradients and generators are asked for.
+        ``keep``: whether its gradients and generators are asked for. ``taken``: its gradients, if
+        somebody has them already; only the optimizer's part is executed then.
         """
         problem = self.problem.of(record.stage)
-        with blamed(record.index, "evaluating"):
-            set_modes(self.problem.model, record.evaluating)
-        self._require_gradients(record)
+        self.prepare(record)
         for p in self.params.values():
             p.grad = None
         scaler = self._scaler(record)
 
         def backward(part: Part) -> tuple[float, list[RandomState]]:
-            return _backward(problem, record, part, scaler, keep)
+            return passes.backward(problem, record, part, scaler, keep)
 
-        total, used = accumulate(record, batches, randoms, self.params, self.buffers, backward)
+        if taken is None:
+            total, used = accumulate(record, batches, randoms, self.params, self.buffers, backward)
+        else:
+            total, used = self._given(taken), []
         if scaler is not None:
             for member in members_of(self._prepared_optimizer(record)):
                 scaler.unscale_(member)
@@ -166,6 +170,21 @@ class Engine:
                     rng.restore(random)
                 problem.loss(problem.model, batch)
         write(self.buffers, kept)
+
+    def prepare(self, record: StepRecord) -> None:
+        """Modes and gradients as the update's forward pass found them."""
+        with blamed(record.index, "evaluating"):
+            set_modes(self.problem.model, record.evaluating)
+        self._require_gradients(record)
+
+    def _given(self, taken: Taken) -> float:
+        """Leave the gradients where ``backward`` would; they may be written into."""
+        for name, grad in taken.grads.items():
+            p = self.params[name]
+            # A norm's last bit depends on the order in memory, which is the parameter's.
+            p.grad = torch.empty_like(p).copy_(grad)
+        write(self.buffers, taken.buffers)
+        return taken.loss
 
     def _require_gradients(self, record: StepRecord) -> None:
         """Of what the optimizer holds, whatever the model was frozen to since, and of no others."""
@@ -254,33 +273,3 @@ def _counting_there(optimizer: Stepper) -> set[Tensor]:
         if group.get("fused") or group.get("capturable")
         for p in group["params"]
     }
-
-
-def _backward(
-    problem: Problem, record: StepRecord, part: Part, scaler: GradScaler | None, keep: bool
-) -> tuple[float, list[RandomState]]:
-    """Accumulate gradients; the loss, and the generators before each forward that draws."""
-    total, used = 0.0, list[RandomState]()
-    for at, (batch, random) in enumerate(zip(part.batches, part.randoms, strict=True)):
-        if random is not None:
-            rng.restore(random)
-        if at < record.discarded:
-            with torch.no_grad(), blamed_on_loss(record.index):
-                problem.loss(problem.model, batch)
-            continue
-        if keep and record.drew_randomness:
-            used.append(rng.capture())
-        precision = precision_of(record.optimizer.reduction)
-        with blamed_on_loss(record.index), computing(problem.model, precision):
-            share = part.weights, at - record.discarded, part.count
-            loss = _weighted(problem.evaluate(batch), *share)
-            (loss if scaler is None else scaler.scale(loss)).backward()
-        total += float(loss.detach())
-    return total, used
-
-
-def _weighted(loss: Tensor, weights: Sequence[float] | None, at: int, count: int) -> Tensor:
-    """The micro-batch's share, computed as loops do: divided by n, or multiplied by its weight."""
-    if weights is not None:
-        return loss * weights[at]
-    return loss / count if count > 1 else loss

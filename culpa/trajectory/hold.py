@@ -21,11 +21,16 @@ from culpa.trajectory import rounded
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State, on_cpu
-from culpa.trajectory.walk import Transition, forward
+from culpa.trajectory.taken import Taker
+from culpa.trajectory.walk import Transition, segment
 from culpa.tree import Tree
 
 ANCHORED = 32
 """In half precision every so many updates a state waits as it is, which bounds its error."""
+
+
+GRAPHS = 2**28
+"""Bytes of graphs that wait beside the states, by default."""
 
 
 @runtime_checkable
@@ -53,13 +58,23 @@ class InMemory:
             and so do buffers and all that is not float32. Measured, scores were off by 1e-4 to
             5e-3 of their norm and no grade of trust changed (docs/scaling.md);
             ``Scores.strategy`` says that it was used. Other types are refused.
+        graphs: so many bytes of graphs may wait as well, with exact products in ``attribute``: a
+            product with the graph of the replayed update costs a third to a half less
+            (dynamics/graphs.py). Where one does not fit, as with models of many activations, it is
+            made again. 0: none waits. Not used with ``dtype``.
     """
 
     dtype: torch.dtype | None = None
+    graphs: int = GRAPHS
 
     def __post_init__(self) -> None:
-        """Check the type."""
+        """Check the type, and the number."""
         rounded.require(self.dtype)
+        whole = isinstance(self.graphs, int)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(self.graphs, bool) or not whole or self.graphs < 0:
+            raise OptionError(
+                f"InMemory(graphs=...) is a number of bytes, 0 or more; got {self.graphs!r}."
+            )
 
     def backwards(self, way: Iterable[Transition]) -> Iterator[Transition]:
         """See ``Hold``."""
@@ -146,17 +161,21 @@ class OnDisk:
 
 
 def backward(
-    run: Run, engine: Engine, start: int = 0, hold: Hold | None = None
+    run: Run,
+    engine: Engine,
+    start: int = 0,
+    hold: Hold | None = None,
+    taker: Taker | None = None,
 ) -> Iterator[Transition]:
     """The observed updates from the last down to ``start``, recomputed segment by segment.
 
     Memory: the states of the longest segment between two kept states, O(sqrt(K)) by default, or
-    what ``hold`` makes of them; cost: one replay of the updates.
+    what ``hold`` makes of them, and what ``taker`` keeps; cost: one replay of the updates.
     """
     hold = hold or InMemory()
     bounds = [start, *(k for k in run.kept_states if start < k < run.num_steps), run.num_steps]
     for low, high in zip(reversed(bounds[:-1]), reversed(bounds[1:]), strict=True):
-        yield from hold.backwards(forward(run, engine, low, high))
+        yield from hold.backwards(segment(run, engine, low, high, taker))
 
 
 @dataclass(frozen=True)
@@ -198,7 +217,9 @@ def _slip(transition: Transition, rounding: bool) -> _Slip:
     states = (transition.before, transition.after)
     before, after = ({p: v.device for p, v in state.flat().items()} for state in states)
     grads = {name: (value.device, value.dtype) for name, value in transition.grads.items()}
-    bare = replace(transition, before=State({}), after=State({}), grads={}, rounded=rounding)
+    bare = replace(
+        transition, before=State({}), after=State({}), grads={}, rounded=rounding, graph=None
+    )
     return _Slip(bare, before, after, grads)
 
 

@@ -16,13 +16,14 @@ from culpa.errors import OptionError, StageError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
 from culpa.trajectory.ahead import ahead
+from culpa.trajectory.compared import Randomness, check_step
 from culpa.trajectory.engine import Engine
 from culpa.trajectory.fidelity import BITWISE
 from culpa.trajectory.files import write_durably
 from culpa.trajectory.ranks.afterwards import first_writes, require_mine, whole_on_first
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import on_cpu
-from culpa.trajectory.walk import Randomness, check_step, checked, session
+from culpa.trajectory.walk import checked, session
 from culpa.tree import Tree
 
 COUNTERFACTUALS = ("skip", "restart", "zero-gradient")

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from culpa.errors import IntegrityError, OptionError
 from culpa.problem import Problem
 from culpa.progress import Progress, Silent
+from culpa.trajectory.compared import Randomness
 from culpa.trajectory.integrity import check_digests
 from culpa.trajectory.run import Run
 from culpa.trajectory.state import State
-from culpa.trajectory.walk import Randomness, checked, session
+from culpa.trajectory.walk import checked, session
 
 LEVELS = ("digest", "replay")
 

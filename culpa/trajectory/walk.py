@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from culpa.errors import CulpaError, IntegrityError, ProblemError
+from culpa.errors import IntegrityError, ProblemError
 from culpa.problem import Problem
 from culpa.trajectory import digest, environment, rng
 from culpa.trajectory.ahead import ahead
 from culpa.trajectory.borrowing import borrowed
-from culpa.trajectory.engine import Engine
+from culpa.trajectory.compared import Randomness, check_step, same_bits, untouched_by
+from culpa.trajectory.engine import Engine, Executed
 from culpa.trajectory.fidelity import Fidelity
 from culpa.trajectory.fits import different_model
 from culpa.trajectory.heap import keep_freed
@@ -23,7 +24,8 @@ from culpa.trajectory.ranks.lent import held_in_shards, pieces_of
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.run import Run
 from culpa.trajectory.schema import StepRecord
-from culpa.trajectory.state import State, largest_difference
+from culpa.trajectory.state import State
+from culpa.trajectory.taken import Taker, is_that_of, may_take
 from culpa.tree import Tree
 
 
@@ -47,33 +49,13 @@ class Transition:
     """Parameters that trained only later: no counterfactual differs in them yet."""
     rounded: bool = False
     """Whether it waited in half precision: ``grads`` are not those at ``before`` to every digit."""
+    graph: Any = None
+    """What came with ``grads`` from whoever took them; see ``taken.Taker``."""
 
     @property
     def index(self) -> int:
         """k."""
         return self.record.index
-
-
-class Randomness:
-    """Follows the generators through a walk, whatever its consumer draws between two updates."""
-
-    def __init__(self) -> None:
-        self._continued: RandomState | None = None
-
-    def before(
-        self, recorded: list[RandomState | None], record: StepRecord
-    ) -> list[RandomState | None]:
-        """The generators to restore before each micro-batch of an update."""
-        if recorded[0] is None and record.drew_randomness:
-            return [self._continued, *recorded[1:]]
-        return recorded
-
-    def after(self, recorded: Sequence[RandomState | None], record: StepRecord) -> None:
-        """Note where an executed update left the generators."""
-        if record.drew_randomness:
-            self._continued = rng.capture()
-        elif recorded[-1] is not None:
-            self._continued = recorded[-1]
 
 
 @contextmanager
@@ -129,11 +111,13 @@ def session(run: Run, problem: Problem, allow_drift: bool = False) -> Generator[
             yield engine
 
 
-def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transition]:
+def forward(
+    run: Run, engine: Engine, start: int, stop: int, taker: Taker | None = None
+) -> Generator[Transition]:
     """Execute the observed updates [start, stop) from the nearest kept state, yielding each.
 
     Between two updates the consumer may draw random numbers and call the module, but must leave
-    its tensors as they are. Memory: three states.
+    its tensors as they are. Memory: three states, and what ``taker`` keeps.
 
     Raises:
         IntegrityError: at the first update whose result is not the recorded one, bit for bit,
@@ -145,9 +129,34 @@ def forward(run: Run, engine: Engine, start: int, stop: int) -> Generator[Transi
         for _ in checked(run, engine, state, range(at, start), randomness):
             pass
         state = engine.state()
-    for transition in onward(run, engine, state, range(start, stop), randomness):
-        check_step(run, engine, transition.record, randomness)
+    taker = None if engine.fidelity.allow_drift else taker
+    for transition in onward(run, engine, state, range(start, stop), randomness, taker):
+        if transition.graph is None:  # else compared already
+            check_step(run, engine, transition.record, randomness)
         yield transition
+
+
+def segment(
+    run: Run, engine: Engine, start: int, stop: int, taker: Taker | None = None
+) -> Iterable[Transition]:
+    """``forward`` between two kept states, compared with the second in everything.
+
+    Updates are compared with the record by parameters and buffers; a gradient whose last bit is
+    another can hide in the slots for a while. Then the segment is walked again without ``taker``.
+    """
+    if taker is not None:
+        held: list[Transition] = []
+        with suppress(IntegrityError):
+            held.extend(forward(run, engine, start, stop, taker))
+        if len(held) == stop - start:
+            kept = run.state(stop).placed(engine.params, engine.buffers)
+            plain = all(one.graph is None for one in held)
+            if plain or same_bits(held[-1].after.flat(), kept.flat()):
+                return held
+        del held
+        for stage in {run.step(k).stage for k in range(start, stop)}:
+            taker.refuse(stage)
+    return forward(run, engine, start, stop)
 
 
 def checked(
@@ -173,10 +182,16 @@ def checked(
 
 
 def onward(
-    run: Run, engine: Engine, state: State, updates: range, randomness: Randomness
+    run: Run,
+    engine: Engine,
+    state: State,
+    updates: range,
+    randomness: Randomness,
+    taker: Taker | None = None,
 ) -> Generator[Transition]:
-    """Execute recorded updates from any ``state``, yielding each; nothing is compared.
+    """Execute recorded updates from any ``state``, yielding each.
 
+    Nothing is compared, but for updates whose gradient ``taker`` took: they have the recorded bits.
     As for ``forward``, the consumer must leave the module's tensors as they are.
     """
     engine.load(state)
@@ -186,58 +201,62 @@ def onward(
             engine.reset_optimizer()
             state = State(state.params, state.buffers)
         randoms = randomness.before(recorded, record)
-        done = engine.execute(record, batches, randoms)
+        untouched = untouched_by(run, record)
+        done, graph = None, None
+        if taker is not None and may_take(record, batches):
+            done, graph = _by_taker(taker, engine, record, state, batches[0], randoms[0], untouched)
+        done = done or engine.execute(record, batches, randoms)
         randomness.after(randoms, record)
         after = engine.state()
-        k = record.index
-        untouched = run.tables.frozen_before(k + 1) if run.tables.joined else frozenset[str]()
-        body = batches[record.discarded :]
-        yield Transition(record, state, after, done.grads, done.loss, body, done.randoms, untouched)
+        yield Transition(
+            record,
+            state,
+            after,
+            done.grads,
+            done.loss,
+            batches[record.discarded :],
+            done.randoms,
+            untouched,
+            graph=graph,
+        )
         state = after
 
 
-def check_step(run: Run, engine: Engine, record: StepRecord, randomness: Randomness) -> None:
-    """Raise unless the engine is where the record says that update k led to, bit for bit.
+def _by_taker(
+    taker: Taker,
+    engine: Engine,
+    record: StepRecord,
+    state: State,
+    batch: Any,
+    random: RandomState | None,
+    untouched: frozenset[str],
+) -> tuple[Executed | None, Any]:
+    """An update by the taker's gradient, with its graph.
 
-    A session that allows drift measures it instead, at the states that the record keeps.
+    Without a graph it is as the engine made it, and still to be compared; without anything, nothing
+    has happened.
     """
-    joined = run.tables.joined
-    seen = engine.looked_at(run.tables.frozen_before(record.index + 1) if joined else frozenset())
-    digests = seen.digests()
-    same, fidelity = digest.combine(digests) == record.digest, engine.fidelity
-    fidelity.exact = fidelity.exact and (same or not fidelity.allow_drift)
-    if not fidelity.exact and record.index + 1 in run.kept_states:
-        fidelity.measure(engine.live(), run.state(record.index + 1))
-    if same or fidelity.allow_drift:
-        return
-    size = digest.FINGERPRINT_BYTES
-    recorded = [record.fingerprints[i : i + size] for i in range(0, len(record.fingerprints), size)]
-    wrong = [n for n, d, f in zip(seen.names, digests, recorded, strict=False) if d[:size] != f]
-    shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-    raise IntegrityError(
-        f"update {record.index} of {run.path} does not reproduce: the replay differs from the"
-        " record in"
-        f" {shown or 'its set of tensors'}{_how_much(run, engine, record, randomness)}."
-        " Usual causes: a loss or data pipeline that is not the recorded one, an undeclared"
-        " clip_grad_norm_, weights edited between updates, or randomness drawn elsewhere."
-    )
-
-
-def _how_much(run: Run, engine: Engine, record: StepRecord, randomness: Randomness) -> str:
-    """The largest difference, measured where the record keeps values: at the next kept state."""
-    kept = next((k for k in run.kept_states if k > record.index), None)
-    if kept is None:
-        return ""
-    try:
-        for k in range(record.index + 1, kept):
-            later = run.step(k)
-            if later.reset:
-                engine.reset_optimizer()
-            randoms = randomness.before(run.randoms_of(k), later)
-            engine.execute(later, run.batches_of(k), randoms, keep=False)
-            randomness.after(randoms, later)
-        truth: Tree = run.state(kept).flat()
-    except CulpaError:  # the first update that differs is what must be told
-        return ""
-    name, size = largest_difference(engine.state().flat(), truth)
-    return f", at kept state {kept} by up to {size:.3g} (in {name})" if name else ""
+    if random is None and record.drew_randomness:
+        random = rng.capture()
+    engine.prepare(record)
+    taken = taker.take(record, state, batch, random, untouched)
+    if taken is None:
+        if random is not None:
+            rng.restore(random)
+        return None, None
+    if taken.proved:
+        done = engine.execute(record, [batch], [random], taken=taken)
+        used = (random,) if record.drew_randomness and random is not None else ()
+        done = replace(done, randoms=used)
+    else:
+        done = engine.execute(record, [batch], [random])
+    same = digest.combine(engine.looked_at(untouched).digests()) == record.digest
+    if same and (taken.proved or is_that_of(taken, done.grads, engine.buffers)):
+        return done, taken.graph
+    taker.refuse(record.stage)
+    if not taken.proved:
+        return done, None
+    engine.load(state)
+    if random is not None:
+        rng.restore(random)
+    return None, None

@@ -149,13 +149,13 @@ def test_scores_of_states_that_are_read_are_those_of_states_that_are_executed(
 ) -> None:
     thinned = culpa.attribute(*trained(tmp_path / "thinned", clip_grad_norm=bound), asked())
     executed: list[int] = []
-    forward = passages.forward
+    segment = passages.segment
 
-    def counted(run: Any, engine: Any, low: int, high: int) -> Any:
+    def counted(run: Any, engine: Any, low: int, high: int, taker: Any) -> Any:
         executed.extend(range(low, high))
-        return forward(run, engine, low, high)
+        return segment(run, engine, low, high, taker)
 
-    monkeypatch.setattr(passages, "forward", counted)
+    monkeypatch.setattr(passages, "segment", counted)
     every = culpa.Every(1)
     run, problem = trained(tmp_path / "kept", checkpoints=every, clip_grad_norm=bound)
     kept = culpa.attribute(run, problem, asked())

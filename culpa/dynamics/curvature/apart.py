@@ -50,17 +50,21 @@ class _Layer(NamedTuple):
 class Apart(ByKernel):
     """Notes the linear layers that are called inside, and gives them weights of their own.
 
+    Args:
+        leaves: parameters, by name.
+        whole: whether the gradient itself is wanted as well, by the weights too.
+
     Attributes:
         twins: by name, leaves in the memory of the given ones, which those layers used.
         layers: their calls.
-        whole: whether the function inside took derivatives itself: then none of this holds.
+        differentiated: whether the function inside took derivatives itself: none of this holds.
     """
 
-    def __init__(self, leaves: Tree) -> None:
+    def __init__(self, leaves: Tree, whole: bool = False) -> None:
         super().__init__()
         self.twins: Tree = {}
         self.layers: list[_Layer] = []
-        self.whole = False
+        self.whole, self.differentiated = whole, False
         self._leaves = leaves
         self._names = {id(leaf): name for name, leaf in leaves.items() if not leaf.is_complex()}
 
@@ -72,7 +76,7 @@ class Apart(ByKernel):
             if id(given.get(weight)) in self._names and len(args) <= len(names):
                 return self._called(func, given, weight, bias)
         elif func in _PASSES:
-            self.whole = True
+            self.differentiated = True
         return super().__torch_function__(func, types, args, kwargs)
 
     def _called(self, func: Any, given: Mapping[str, Any], weight: str, bias: str) -> Tensor:
@@ -82,9 +86,10 @@ class Apart(ByKernel):
         names = {at: self._names.get(id(given.get(at))) for at in (weight, bias)}
         own = {at: self._twin(name) for at, name in names.items() if name is not None}
         ours = {**given, **own}
-        by_kernel = (
-            convolved(dict(ours), CONVOLUTIONS[func], True) if func in CONVOLUTIONS else None
-        )
+        by_kernel = None
+        if func in CONVOLUTIONS:
+            weights = "once" if self.whole else "never"
+            by_kernel = convolved(dict(ours), CONVOLUTIONS[func], weights)
         out: Tensor = func(**ours) if by_kernel is None else by_kernel
 
         def along(v: Tree) -> Tensor:
@@ -103,20 +108,20 @@ class Apart(ByKernel):
         return self.twins[name]
 
 
-def apart(make: Callable[[], Made], leaves: Tree) -> tuple[Made, Apart]:
-    """What ``make`` returns, computed with its linear layers apart if that can be."""
-    mode = Apart(leaves)
+def apart(make: Callable[[], Made], leaves: Tree, whole: bool = False) -> tuple[Made, Apart]:
+    """What ``make`` returns, with its linear layers apart if that can be; see ``Apart``."""
+    mode = Apart(leaves, whole)
     try:
         with mode:
             made = make()
     except Exception:  # a loss that takes derivatives by the leaves finds none by these layers
-        if not mode.whole:
+        if not mode.differentiated:
             raise
     else:
-        if not mode.whole:
+        if not mode.differentiated:
             return made, mode
     with ByKernel():
-        return make(), Apart(leaves)
+        return make(), Apart(leaves, whole)
 
 
 class Slopes:
@@ -125,14 +130,25 @@ class Slopes:
     Args:
         value: a scalar, made by ``apart`` from ``leaves``.
         mode: that came with it.
+
+    Attributes:
+        gradient: what it is by each leaf that the value depends on; of ``apart(whole=True)``.
     """
 
     def __init__(self, value: Tensor, leaves: Tree, mode: Apart) -> None:
         self._leaves, self._twins = leaves, mode.twins
-        layers = mode.layers
-        by: Any = [*(layer.made for layer in layers), *leaves.values()]
+        layers, twins = mode.layers, mode.twins if mode.whole else {}
+        by: Any = [*(layer.made for layer in layers), *leaves.values(), *twins.values()]
         found: Any = torch.autograd.grad(value, by, create_graph=True, allow_unused=True)
-        made, plain = found[: len(layers)], found[len(layers) :]
+        split = len(layers), len(layers) + len(leaves)
+        made, plain, own = found[: split[0]], found[split[0] : split[1]], found[split[1] :]
+        self.gradient: Tree = {}
+        if mode.whole:
+            parts = [*zip(leaves, plain, strict=True), *zip(twins, own, strict=True)]
+            for name, part in parts:
+                if part is not None:
+                    known = self.gradient.get(name)
+                    self.gradient[name] = part.detach() if known is None else known + part.detach()
         self._layers = [(g, a.along) for g, a in zip(made, layers, strict=True) if g is not None]
         self._plain = [(g, name) for g, name in zip(plain, leaves, strict=True) if g is not None]
 

@@ -29,12 +29,17 @@ scores within 2e-3 at 5e-5 (docs/results/attribute_costs.md); another dtype take
 
 
 def reverse_over_reverse(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) -> list[Tree]:
-    """grad of <grad L, v>, all vectors sharing one graph: 1.5 + Q gradients."""
-    leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
+    """grad of <grad L, v>, all vectors sharing one graph: 1.5 + Q gradients.
+
+    Q where the replay left its graph (dynamics/graphs.py).
+    """
     last = len(vectors) - 1
     with torch.enable_grad(), differentiable_twice():
-        value, mode = apart(lambda: local.value(leaves), leaves)
-        slopes = Slopes(value, leaves, mode)
+        slopes = local.graph.use(at) if local.graph is not None and at is local.params else None
+        if slopes is None:
+            leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
+            value, mode = apart(lambda: local.value(leaves), leaves)
+            slopes = Slopes(value, leaves, mode)
         return [slopes.pull(v, retain=i < last) for i, v in enumerate(vectors)]
 
 
