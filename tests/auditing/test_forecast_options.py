@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import culpa
 from culpa.auditing.forecasting.plan import LEAST, rehearse
-from culpa.auditing.forecasting.waiting import waiting
+from culpa.auditing.forecasting.waiting import Graphed, graphed, waiting
 from culpa.report import forecast as module
 from culpa.trajectory.hold import ANCHORED, backward
 from culpa.trajectory.schema import FROZEN_NAME
@@ -88,6 +88,26 @@ def test_elsewhere_is_not_where_the_model_is(run: culpa.Run) -> None:
     half = waiting(culpa.InMemory(HALF), state, 0).beside
     assert 0.5 < half / waiting(culpa.InMemory(), state, 0).beside < 0.56  # anchors, statistics
     assert waiting(culpa.OnCpu(HALF), state, 0).machine == half
+
+
+def test_graphs_of_the_replay_are_counted_up_to_their_budget(run: culpa.Run) -> None:
+    problem = culpa.Problem(net(), loss)
+
+    def kept_by(hold: Any, propagator: culpa.Propagator | None = None) -> Graphed:
+        return graphed(run, problem, hold, propagator, lambda: 0.0, 2.0)
+
+    one = kept_by(None).size
+    activations = ROWS * (WIDTH + 60) * 4
+    assert activations < one < 20 * activations
+    kept = kept_by(culpa.InMemory(graphs=10 * one + 1), culpa.Exact())
+    assert [kept.count(n) for n in (4, 10, 96)] == [4, 10, 10]
+    assert kept.memory(96, 4) == 6 * one
+    assert kept.dearer(10, 4) == 0.0
+    assert kept.dearer(96, 4) == pytest.approx(2.0 * 86 / 96)  # their products are whole ones
+    others = (culpa.OnDisk(), culpa.InMemory(HALF), culpa.InMemory(graphs=0))
+    for none in (*map(kept_by, others), kept_by(None, culpa.Identity())):
+        assert none.count(96) == none.memory(96, 4) == 0
+        assert none.dearer(96, 4) == 0.0
 
 
 def test_a_plan_is_forecast_as_it_will_be_held_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:

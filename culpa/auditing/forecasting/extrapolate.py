@@ -3,7 +3,7 @@
 For K updates:
 
     replay       start + sum over stages of (updates x pace of the stage)
-    attribute    replay + start + K each + 16 probes
+    attribute    replay + start + K each + 16 probes, by how many graphs of the replay there are
     embed        replay + start + (updates behind each stage, summed) each + 6 probes a stage
     record       start + K each + one more at every stage + states written x the cost of one
     audit        attribute + replays within the budget (+ embed, unless all stages are replayed)
@@ -28,7 +28,7 @@ from culpa.auditing.forecasting.pace import Paces, Sweep
 from culpa.auditing.forecasting.plan import Plan, Planned, Rehearsal, history
 from culpa.auditing.forecasting.resources import Peak, peak
 from culpa.auditing.forecasting.stopwatch import Clock
-from culpa.auditing.forecasting.waiting import Waiting
+from culpa.auditing.forecasting.waiting import Graphed, Waiting
 from culpa.auditing.prices import History, price, replaying_costs_less
 from culpa.behaviour import Behaviour
 from culpa.dynamics.propagator import Propagator
@@ -60,12 +60,13 @@ class Asked:
 
 @dataclass
 class Measured:
-    """Everything that was measured; ``peaks`` by job."""
+    """Everything that was measured; ``peaks`` by job, ``graphs`` of the sweeps."""
 
     paces: Paces
     sweeps: dict[str, Sweep] = field(default_factory=dict[str, Sweep])
     peaks: dict[str, Peak] = field(default_factory=dict[str, Peak])
     refused: dict[str, str] = field(default_factory=dict[str, str])
+    graphs: Graphed = field(default_factory=Graphed)
 
     def watch(self, job: str, work: Callable[[], T]) -> T:
         """Do ``work``, note what memory it took."""
@@ -118,9 +119,10 @@ def jobs_of(
     executing = paces.executed(lengths)
     mean = executing / count
     further = max(0, shape.longest - swept_here)
+    graphs = found.graphs.memory(shape.longest, swept_here)
     held = {
-        "attribute": shape.waiting.times(further),
-        "screen": shape.beside.times(further),
+        "attribute": shape.waiting.times(further).and_beside(graphs),
+        "screen": shape.beside.times(further).and_beside(graphs),
         "embed": Waiting(max(0, len(stages) - 2) * shape.state),
     }
     shared = {"replay", "attribute", "embed"} if asked.processes > 1 else set[str]()
@@ -145,7 +147,8 @@ def jobs_of(
     for name in ("attribute", "screen"):
         if name in found.sweeps:
             seconds = surveying + pace.attributed(found.sweeps[name], paces, lengths)
-            jobs[name] = job(name, seconds)
+            seconds += count * found.graphs.dearer(shape.longest, swept_here)
+            jobs[name] = job(name, max(0.0, seconds))
     prices = {s.name: price(shape.history, s.start, s.stop) for s in stages}
     if "embed" in found.sweeps:
         behind = count - stages[0].stop if stages else 0

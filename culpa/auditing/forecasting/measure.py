@@ -25,7 +25,7 @@ from culpa.auditing.forecasting.job import Job, Jobs
 from culpa.auditing.forecasting.pace import Sweep
 from culpa.auditing.forecasting.plan import ENOUGH, FEW, LEAST, Plan, history, rehearse
 from culpa.auditing.forecasting.resources import give_back, peak, resident
-from culpa.auditing.forecasting.waiting import waiting
+from culpa.auditing.forecasting.waiting import graphed, waiting
 from culpa.auditing.prices import History
 from culpa.auditing.tasks import Bench
 from culpa.problem import Problem
@@ -103,6 +103,9 @@ def _measured(run: Run, problem: Problem, asked: Asked) -> Measured:
         by_example = problem.example_losses is not None
         if by_example or asked.hold is not None:  # an audit lets nothing wait elsewhere
             found.sweep("screen", lambda: attributing(by_example))
+        if "attribute" in found.sweeps and not drift:
+            last = list(found.paces.by_stage.values())[-1]
+            found.graphs = graphed(run, problem, asked.hold, propagator, clock, last)
         bench = Bench(
             run,
             problem,
