@@ -55,12 +55,13 @@ def peak(work: Callable[[], Any]) -> int:
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     RESET.write_text("5", encoding="ascii")  # the peak starts anew
     work()
-    return max(_resident("VmHWM") - before, 0)
+    return max(resident("VmHWM") - before, 0)
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
+    """Bytes of an entry of the process's status: ``"VmRSS"``, or ``"VmHWM"``, the peak."""
     lines = STATUS.read_text(encoding="ascii").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
