@@ -13,8 +13,9 @@ bits, or it is executed the plain way, and so is the rest of its stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -59,7 +60,7 @@ class Graphs:
     ) -> None:
         self._problem, self._budget, self._running = problem, budget, running
         self._wanted, self._examples = wanted, examples
-        self._refused = set[str]()
+        self._refused, self._proved = set[str](), set[tuple[str, Any]]()
         self._sizes = dict[tuple[str, Any], int]()
         self._waiting = WeakSet[Graph]()
 
@@ -91,13 +92,13 @@ class Graphs:
         except Exception:  # noqa: BLE001 (whatever it is, the plain way will say it, or do without)
             self.refuse(record.stage)
             return None
-        if graph.size:
-            self._sizes[kind] = graph.size
-        graph.size = self._sizes[kind]
+        graph.size = self._sizes.setdefault(kind, graph.size)
         if waiting + graph.size > self._budget:
             return None
         self._waiting.add(graph)
-        return found
+        proved = kind in self._proved
+        self._proved.add(kind)
+        return replace(found, proved=proved)
 
     @property
     def waiting(self) -> int:
@@ -138,7 +139,7 @@ def _taken(local: LocalLoss, running: Sequence[str], measured: bool) -> tuple[Ta
     grads = {name: slopes.gradient[name] for name in local.grads if name in slopes.gradient}
     graph = Graph(slopes, leaves, 0 if size is None else size.bytes, (traced, moving))
     buffers = local.transition.before.buffers if traced is None else traced.held
-    return Taken(loss, grads, buffers, graph, not measured), graph
+    return Taken(loss, grads, buffers, graph), graph
 
 
 class _Size:
@@ -166,7 +167,7 @@ def _shapes(batch: Any) -> Any:
     """Of the tensors in a batch, on which the size of a graph depends."""
     if isinstance(batch, Tensor):
         return tuple(batch.shape)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return tuple(_shapes(value) for value in batch.values())
     if isinstance(batch, (list, tuple)):
         return tuple(map(_shapes, batch))

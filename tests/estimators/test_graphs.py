@@ -94,6 +94,7 @@ class Case:
 
 CASES = {
     "perceptron": Case(),
+    "one layer": Case(lambda: nn.Sequential(nn.Flatten(), nn.Linear(50, 3))),
     "examples": Case(by_example=True),
     "examples of another loss": Case(by_example=True, kept=0, other=0.003),
     "frozen": Case(frozen),
