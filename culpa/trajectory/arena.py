@@ -6,38 +6,32 @@ Fresh memory costs more than the copy: the system hands it out page by page, as 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 SIZE = 2**29
 """The most bytes that it holds."""
 PAGE = 4096
 ALIGNMENT = 64
 
+Made = TypeVar("Made")
+
 
 class Region:
-    """Memory, uint8, and the tensors that were last made of it."""
+    """Memory, and what was last made of it: views, each of which would cost as much as a copy."""
 
     def __init__(self, size: int) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8)
-        self._views: tuple[Any, list[Tensor]] | None = None
+        self._made: tuple[Any, Any] | None = None
 
-    def views(self, key: Any, parts: Sequence[tuple[int, torch.dtype, torch.Size]]) -> list[Tensor]:
-        """Tensors in it, given where each begins; ``key`` stands for ``parts``, by identity."""
-        if self._views is None or self._views[0] is not key:
-            self._views = (
-                key,
-                [
-                    self.memory[start : start + size.numel() * dtype.itemsize]
-                    .view(dtype)
-                    .view(size)
-                    for start, dtype, size in parts
-                ],
-            )
-        return self._views[1]
+    def made(self, key: Any, make: Callable[[torch.Tensor], Made]) -> Made:
+        """``make(memory)``, called anew only if ``key`` is another object than last time."""
+        made = self._made
+        if made is None or made[0] is not key:
+            made = self._made = key, make(self.memory)
+        return made[1]
 
 
 class Arena:

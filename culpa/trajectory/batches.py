@@ -50,21 +50,30 @@ class EncodedBatch:
 
     form: Form
     leaves: list[Tensor]
+    prepared: Sequence[Rows] | None = None
 
     @property
     def layout(self) -> Layout:
         """Its nesting."""
         return self.form.layout
 
+    @property
+    def columns(self) -> Sequence[Rows]:
+        """Of each tensor its part of the rows, uint8 ``[rows, bytes]``, without copies."""
+        # Prepared, as even a view of a tensor lets go of Python's lock, and the writer asks.
+        return columns_of(self.form, self.leaves) if self.prepared is None else self.prepared
+
     @cached_property
     def rows(self) -> Rows:
         """uint8 ``[rows, bytes per row]``."""
-        return joined([raw_bytes(leaf) for leaf in self.leaves], self.count)
+        return joined(self.columns)
 
-    @property
-    def count(self) -> int:
-        """The number of its rows."""
-        return self.leaves[0].shape[0] if self.form.layout.per_row else 1
+
+def columns_of(form: Form, leaves: Sequence[Tensor]) -> list[Rows]:
+    """``EncodedBatch.columns``; ``[zeros (1, 0)]`` of a batch without tensors."""
+    count = leaves[0].shape[0] if form.layout.per_row else 1
+    found = [np.frombuffer(raw_bytes(leaf), dtype=np.uint8).reshape(count, -1) for leaf in leaves]
+    return found or [np.zeros((1, 0), dtype=np.uint8)]
 
 
 def encode(batch: Any) -> EncodedBatch:

@@ -14,8 +14,11 @@ from culpa.trajectory.schema import Count, Manifest, Placement, Stage
 
 StoredMicroBatch = tuple[int, bytes, int | None, tuple[Placement, ...]]
 """A micro-batch in the log: layout, row ids as little-endian uint32, generators, placements."""
-ChainedMicroBatch = tuple[bytes, list[bytes], bytes | None, tuple[Placement, ...]]
-"""A micro-batch by content: the layout's JSON, digests of rows and generators, placements."""
+ChainedMicroBatch = tuple[bytes, list[bytes] | msgspec.Raw, bytes | None, tuple[Placement, ...]]
+"""A micro-batch by content: the layout's JSON, digests of rows and generators, placements.
+
+A ``Raw`` is the digests of the rows as msgpack has them already.
+"""
 
 
 class StepDetail(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
 
 from culpa.trajectory import log
 from culpa.trajectory.arena import ALIGNMENT, Arena
-from culpa.trajectory.batches import EncodedBatch, encode
+from culpa.trajectory.batches import EncodedBatch, columns_of
 from culpa.trajectory.chain import StepDetail
+from culpa.trajectory.forms import Form, form_of
 from culpa.trajectory.items import Batch, Entry, Kept, Noted, Notes, Update
 from culpa.trajectory.point import LoopEnd, Point
+from culpa.trajectory.recognition import Rows
 from culpa.trajectory.rng import RandomState
 from culpa.trajectory.schema import Stage
 from culpa.trajectory.snapshot import Snapshot
@@ -24,27 +28,34 @@ from culpa.tree import Slots
 
 def copied(batch: Any, arena: Arena | None) -> EncodedBatch:
     """A batch taken apart, in memory of its own: the loop may reuse that of its tensors."""
-    found = encode(batch)
-    form, leaves = found.form, found.leaves
-    if not all(leaf.is_contiguous() for leaf in leaves):
-        leaves = [leaf.contiguous() for leaf in leaves]
-    parts: list[tuple[int, torch.dtype, torch.Size]] = []
-    end = 0
-    for leaf in leaves:
-        parts.append((end, leaf.dtype, leaf.shape))
-        end += -(-leaf.nbytes // ALIGNMENT) * ALIGNMENT
-    region = None if arena is None else arena.take(end)
+    leaves: list[Tensor] = []
+    form = form_of(batch, leaves)
+    leaves = [leaf if leaf.is_cpu else leaf.detach().cpu() for leaf in leaves]
+    size = sum(-(-leaf.nbytes // ALIGNMENT) * ALIGNMENT for leaf in leaves)
+    region = None if arena is None or not leaves else arena.take(size)
     if region is None:
-        return EncodedBatch(form, [leaf.clone() for leaf in leaves])
-    views = region.views(form, parts)
-    for view, leaf in zip(views, leaves, strict=True):
-        view.copy_(leaf)
-    return EncodedBatch(form, views)
+        return EncodedBatch(form, [leaf.detach().clone() for leaf in leaves])
+    views, columns = region.made(form, partial(_laid, form, leaves))
+    with torch.no_grad():
+        torch._foreach_copy_(views, leaves)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    return EncodedBatch(form, views, columns)
 
 
-@dataclass(frozen=True)
+def _laid(
+    form: Form, leaves: Sequence[Tensor], memory: Tensor
+) -> tuple[list[Tensor], Sequence[Rows]]:
+    """Where the tensors of a batch of this form lie in a region, and their rows."""
+    views: list[Tensor] = []
+    at = 0
+    for leaf in leaves:
+        views.append(memory[at : at + leaf.nbytes].view(leaf.dtype).view(leaf.shape))
+        at += -(-leaf.nbytes // ALIGNMENT) * ALIGNMENT
+    return views, columns_of(form, views)
+
+
+@dataclass
 class Commit:
-    """One applied update on its way to the disk."""
+    """One applied update on its way to the disk. Nobody changes it."""
 
     index: int
     stage: Stage
@@ -94,7 +105,7 @@ def entry(handed: Item, drop: Sequence[int]) -> Entry:
         handed.hypers,
         msgspec.json.encode(handed.detail),
         [
-            Batch(b.form.json, b.form.placements, b.rows, random and random.encode())
+            Batch(b.form.json, b.form.placements, b.columns, random and random.encode())
             for b, random in handed.batches
         ],
         handed.after.raws(),

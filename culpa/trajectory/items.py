@@ -20,7 +20,8 @@ class Batch(NamedTuple):
     layout: bytes
     """JSON."""
     placements: tuple[Placement, ...]
-    rows: Rows
+    columns: Sequence[Rows]
+    """Of each of its tensors, ``[rows, bytes]``."""
     random: bytes | None
     """The generators before its forward pass, if they are to be kept."""
 

@@ -13,8 +13,8 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,60 +27,70 @@ WIDEST = 2**13
 Words = npt.NDArray[np.uint64]
 
 
-def joined(columns: Sequence[Any], count: int) -> Rows:
-    """The rows of a batch, given the bytes of each of its tensors, ``count`` rows each."""
-    parts = [np.frombuffer(column, dtype=np.uint8).reshape(count, -1) for column in columns]
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), dtype=np.uint8)
+Ids = npt.NDArray[np.int64]
+"""Numbers of rows in the log, -1 for a row whose number is not known."""
+
+
+def joined(columns: Sequence[Rows]) -> Rows:
+    """Whole rows, given the part of each that lies in each of a batch's tensors."""
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
 
 class Recognition:
     """The rows of one layout, by the sums that they have.
 
     Args:
-        width: bytes of a row.
+        widths: bytes of a row in each tensor of a batch.
     """
 
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._weights = np.frombuffer(os.urandom(-(-width // 8) * 8), dtype=np.uint64) | np.uint64(
-            1
-        )
+    def __init__(self, widths: Sequence[int]) -> None:
+        self._widths = [*widths]
+        self._weights = [
+            np.frombuffer(os.urandom(-(-width // 8) * 8), dtype=np.uint64) | np.uint64(1)
+            for width in widths
+        ]
         self._ids: dict[int, int] = {}
 
-    def sums(self, rows: Rows) -> list[int]:
+    def sums(self, columns: Sequence[Rows]) -> list[int]:
         """A number for each row, the same for the same bytes."""
-        return np.einsum("ij,j->i", _words(rows), self._weights).tolist()
+        parts = [
+            np.einsum("ij,j->i", _words(column), weights)
+            for column, weights in zip(columns, self._weights, strict=True)
+        ]
+        return np.sum(parts, axis=0).tolist()
 
     def add(self, rows: Iterable[tuple[int, int]]) -> None:
         """Rows, by sum and number, are in the pack, or will be."""
         for found, number in rows:
             self._ids.setdefault(found, number)
 
-    def find(
-        self, rows: Rows, sums: Sequence[int], offsets: Sequence[int], pack: Mapped
-    ) -> list[int]:
+    def find(self, columns: Sequence[Rows], sums: Sequence[int], offsets: Ids, pack: Mapped) -> Ids:
         """The number of each row, -1 where it has to be hashed.
 
         Args:
-            rows: uint8 ``[n, width]``.
+            columns: uint8 ``[n, width]`` each.
             sums: theirs.
             offsets: of all rows in the pack.
             pack: to compare with.
         """
-        ids = [self._ids.get(s, -1) for s in sums]
-        at = [i for i, number in enumerate(ids) if number >= 0]
-        if not at:
+        ids = np.fromiter(map(self._ids.get, sums, repeat(-1)), np.int64, len(sums))
+        known = ids >= 0
+        if not known.all():
+            at = known.nonzero()[0]
+            if len(at):
+                mine = [column[at] for column in columns]
+                ids[at[~self._same(mine, offsets[ids[at]], pack)]] = -1
             return ids
-        starts = np.array([offsets[ids[i]] for i in at])
-        there, written = pack.rows(starts, self.width)
-        mine = rows if len(at) == len(rows) else rows[at]
-        same = (_words(there) == _words(mine)).all(1) & written
+        same = self._same(columns, offsets[ids], pack)
         if not same.all():
-            for i, equal in zip(at, same.tolist(), strict=True):
-                ids[i] = ids[i] if equal else -1
+            ids[~same] = -1
         return ids
+
+    def _same(self, columns: Sequence[Rows], starts: Ids, pack: Mapped) -> npt.NDArray[np.bool_]:
+        there, same = pack.columns(starts, self._widths)
+        for here, packed in zip(columns, there, strict=True):
+            same &= (_words(here) == _words(packed)).all(1)
+        return same
 
 
 class Mapped:
@@ -89,16 +99,32 @@ class Mapped:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._bytes = np.zeros(0, dtype=np.uint8)
+        self._windows: dict[int, Rows] = {}
 
-    def rows(self, starts: npt.NDArray[np.int64], width: int) -> tuple[Rows, npt.NDArray[np.bool_]]:
-        """Copies of the bytes from ``starts`` on, and which of them are written already."""
+    def columns(
+        self, starts: npt.NDArray[np.int64], widths: Sequence[int]
+    ) -> tuple[list[Rows], npt.NDArray[np.bool_]]:
+        """Copies of the rows from ``starts`` on, in columns, and which are written already."""
+        width = sum(widths)
         if int(starts.max()) + width > len(self._bytes):
             self._extend()
         last = len(self._bytes) - width
         if last < 0:
-            return np.zeros((len(starts), width), dtype=np.uint8), np.zeros(len(starts), dtype=bool)
-        windows = as_strided(self._bytes, (last + 1, width), (1, 1), writeable=False)
-        return windows[np.minimum(starts, last)], starts <= last
+            found = [np.zeros((len(starts), each), dtype=np.uint8) for each in widths]
+            return found, np.zeros(len(starts), dtype=bool)
+        found, at = list[Rows](), np.minimum(starts, last)
+        for each in widths:
+            found.append(self._beginning_anywhere(each)[at])
+            at = at + each
+        return found, starts <= last
+
+    def _beginning_anywhere(self, width: int) -> Rows:
+        windows = self._windows.get(width)
+        if windows is None:
+            shape = len(self._bytes) - width + 1, width
+            windows = as_strided(self._bytes, shape, (1, 1), writeable=False)
+            self._windows[width] = windows
+        return windows
 
     def _extend(self) -> None:
         # Where a file system cannot map files, no row is recognised, and all are hashed.
@@ -106,6 +132,7 @@ class Mapped:
             if os.fstat(file.fileno()).st_size > len(self._bytes):
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self._bytes = np.frombuffer(data, dtype=np.uint8)
+                self._windows.clear()
 
 
 def _words(rows: Rows) -> Words:

@@ -59,7 +59,28 @@ class _Global:
         self._python_at = memory.of_python(self._python)
         self._numpy_at = memory.of_numpy(self._numpy)
         self._asked_python, self._asked_numpy = _Asked(_ask_python), _Asked(_ask_numpy)
+        self._torch_at = memory.of_torch(torch.default_generator)
         self._torch = torch.empty(0, dtype=torch.uint8), b""
+        self._last: tuple[Any, RandomState] | None = None
+
+    def state(self) -> RandomState:
+        """Of all generators on the CPU: the same object as last time if none has moved."""
+        key = self._read()
+        if self._last is not None and key is not None and key == self._last[0]:
+            return self._last[1]
+        found = RandomState(self.python(), self.numpy(), self.torch())
+        self._last = (key, found)
+        return found
+
+    def _read(self) -> Any:
+        """What the states follow from, as it lies in memory; ``None``: that is not known."""
+        python, numpy, torch_ = self._python_at, self._numpy_at, self._torch_at
+        if python is None or numpy is None or torch_ is None:
+            return None
+        if numpy[0].owner is not self._numpy._bit_generator:
+            return None  # np.random.set_bit_generator has replaced what was looked at
+        numpys = numpy[0].there.raw, numpy[1].there.raw
+        return python.there.raw, self._python.gauss_next, numpys, torch_.there.raw
 
     def python(self) -> bytes:
         at = self._python_at
@@ -68,7 +89,7 @@ class _Global:
     def numpy(self) -> bytes:
         at = self._numpy_at
         if at is not None and at[0].owner is not self._numpy._bit_generator:
-            at = None  # np.random.set_bit_generator has replaced what was looked at
+            at = None
         return self._asked_numpy.state(at and (at[0].read(), at[1].read()))
 
     def torch(self) -> bytes:
@@ -95,20 +116,15 @@ def _ask_numpy() -> bytes:
 
 
 def capture() -> RandomState:
-    """The generators as they are now: 4 microseconds, and 50 more where Python's or NumPy's moved.
+    """The generators as they are now: 2 microseconds, and 50 more where Python's or NumPy's moved.
 
     Parts that did not move since the last call are the same objects as then.
     """
-    known = _global()
-    cuda = torch.cuda.is_initialized()
-    return RandomState(
-        python=known.python(),
-        numpy=known.numpy(),
-        torch_cpu=known.torch(),
-        torch_cuda=tuple(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())
-        if cuda
-        else (),
-    )
+    found = _global().state()
+    if not torch.cuda.is_initialized():
+        return found
+    states = tuple(s.numpy().tobytes() for s in torch.cuda.get_rng_state_all())
+    return msgspec.structs.replace(found, torch_cuda=states)
 
 
 def restore(state: RandomState) -> None:

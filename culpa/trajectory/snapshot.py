@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,10 +53,7 @@ class Plan:
             self.starts[kind] = self.size
             self.size += -(-end * kind[1].itemsize // ALIGNMENT) * ALIGNMENT
         self.on_cpu = all(device.type == "cpu" for device, _ in ends)
-        self.parts = [
-            (self.starts[p.kind] + p.start * p.kind[1].itemsize, p.kind[1], p.shape)
-            for p in self.places.values()
-        ] + [(self.starts[k], k[1], torch.Size([end])) for k, end in ends.items()]
+        self._ends = ends
         self.described = [
             (
                 *(path, dtype_name(p.kind[1]), tuple(p.shape), p.kind),
@@ -66,23 +63,45 @@ class Plan:
         ]
         """Of each tensor: path, dtype, shape, piece, first byte in it and the one behind."""
 
+    def laid(self, memory: Tensor) -> Laid:
+        """The tensors where they lie in a region."""
+        pieces: dict[Kind, Tensor] = {}
+        for kind, start in self.starts.items():
+            size = self._ends[kind] * kind[1].itemsize
+            pieces[kind] = memory[start : start + size].view(kind[1])
+        views = [pieces[p.kind][p.start : p.stop].view(p.shape) for p in self.places.values()]
+        return Laid(views, pieces, self.raws(pieces))
 
-@dataclass(frozen=True)
+    def raws(self, pieces: Mapping[Kind, Tensor]) -> list[Raw]:
+        """The tensors as bytes, without copies."""
+        data: dict[Kind, Any] = {k: p.view(torch.uint8).numpy().data for k, p in pieces.items()}
+        return [
+            Raw(path, dtype, shape, data[kind][start:stop])
+            for path, dtype, shape, kind, start, stop in self.described
+        ]
+
+
+class Laid(NamedTuple):
+    """What a copy in a region consists of."""
+
+    views: list[Tensor]
+    pieces: Mapping[Kind, Tensor]
+    raws: list[Raw]
+
+
+@dataclass
 class Snapshot:
     """A copy on the CPU, some of it perhaps still on its way there."""
 
     plan: Plan
     pieces: Mapping[Kind, Tensor]
     arrivals: tuple[torch.cuda.Event, ...] = ()
+    prepared: list[Raw] | None = None
 
     def raws(self) -> list[Raw]:
         """Its tensors as bytes, without copies."""
-        pieces = self.arrived()
-        data: dict[Kind, Any] = {k: p.view(torch.uint8).numpy().data for k, p in pieces.items()}
-        return [
-            Raw(path, dtype, shape, data[kind][start:stop])
-            for path, dtype, shape, kind, start, stop in self.plan.described
-        ]
+        # Prepared, as even a view of a tensor lets go of Python's lock, and the writer asks.
+        return self.prepared or self.plan.raws(self.arrived())
 
     def step_digests(self) -> list[bytes]:
         """As ``State.step_digests``."""
@@ -121,10 +140,9 @@ class Camera:
         plan = self._plan
         region = arena.take(plan.size) if arena is not None and plan.on_cpu else None
         if region is not None:
-            views = region.views(plan, plan.parts)
-            torch._foreach_copy_(views[: len(live)], [*live])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-            whole = dict(zip(plan.starts, views[len(live) :], strict=True))
-            return Snapshot(plan, whole)
+            laid = region.made(plan, plan.laid)
+            torch._foreach_copy_(laid.views, [*live])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            return Snapshot(plan, laid.pieces, (), laid.raws)
         pieces: dict[Kind, Tensor] = {}
         arrivals: list[torch.cuda.Event] = []
         for kind, names in plan.members.items():

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import struct
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
@@ -144,9 +143,8 @@ class Store:
         for (layout, placements, _, random), looked_up in zip(update.batches, rows, strict=True):
             number = self._id("layout", layout)
             ids, row_digests = self._rows.find(layout, number, looked_up)
-            stored.append(
-                (number, struct.pack(f"<{len(ids)}I", *ids), self._random(random), placements)
-            )
+            packed_ids = ids.astype("<u4").tobytes()
+            stored.append((number, packed_ids, self._random(random), placements))
             random_digest = blake3(random).digest() if random else None
             chained.append((layout, row_digests, random_digest, placements))
         content = (update.optimizer, update.hypers, chained, update.detail, step, fingerprints)

@@ -43,6 +43,9 @@ MOVES = {
     "numpy, seeded": lambda: np.random.seed(5),  # noqa: NPY002
     "torch": lambda: torch.rand(3),
     "torch, a Gaussian": lambda: torch.randn(1),
+    "torch, a Gaussian of which one is kept": lambda: torch.randn(()),
+    "torch, 700 words": lambda: torch.rand(700),
+    "torch, seeded": lambda: torch.manual_seed(7),
 }
 
 
@@ -74,9 +77,10 @@ def test_a_gaussian_that_is_kept_and_put_back_is_noticed() -> None:
 def test_the_shortcut_is_taken_here() -> None:
     assert memory.of_python(random.Random(1)) is not None
     assert memory.of_numpy(np.random.RandomState(1)) is not None
+    assert memory.of_torch(torch.Generator()) is not None
 
 
-@pytest.mark.parametrize("where", ["python", "numpy"])
+@pytest.mark.parametrize("where", ["python", "numpy", "torch"])
 def test_without_the_shortcut_captures_are_the_same(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,8 +90,13 @@ def test_without_the_shortcut_captures_are_the_same(
         for _ in range(3):
             random.random()
             np.random.rand()  # noqa: NPY002
-            captured = rng.capture()
-            assert (known.python(), known.numpy()) == (captured.python, captured.numpy)
+            torch.rand(1)
+            assert known.state() == known.state() == rng.capture()
+
+
+def test_a_window_that_does_not_show_every_move_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "AROUND", 0)  # torch's words alone, without its position
+    assert memory.of_torch(torch.Generator()) is None
 
 
 def test_a_generator_in_other_memory_has_no_window() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -33,11 +34,12 @@ class Index:
         """The numbers of the rows of batches that are looked up together, once they are checked."""
         encoded = [encode((batch,)) for batch in batches]
         found: list[list[int]] = []
-        given = [Batch(one.form.json, (), one.rows, None) for one in encoded]
+        given = [Batch(one.form.json, (), one.columns, None) for one in encoded]
         for one, looked_up in zip(encoded, self.index.look_up(given), strict=True):
             ids, digests = self.index.find(one.form.json, 0, looked_up)
-            assert digests == [row_digest(one.form.json, row.tobytes()) for row in one.rows]
-            found.append(ids)
+            expected = [row_digest(one.form.json, row.tobytes()) for row in one.rows]
+            assert bytes(digests) == msgspec.msgpack.encode(expected)
+            found.append(ids.tolist())
         return found
 
     def close(self) -> None:
@@ -79,7 +81,7 @@ def test_known_rows_are_not_hashed(index: Index, monkeypatch: pytest.MonkeyPatch
 def test_equal_sums_of_other_rows_deceive_nobody(
     index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Recognition, "sums", lambda self, rows: [7] * len(rows))
+    monkeypatch.setattr(Recognition, "sums", lambda self, columns: [7] * len(columns[0]))
     rows = torch.randn(6, 3)
     for _ in range(3):
         assert index.find(rows) == [[*range(6)]]
@@ -91,7 +93,7 @@ def test_what_is_unwritten_yet_is_not_compared(
 ) -> None:
     index.find(torch.ones(1, 3))
     index.index.flush()
-    monkeypatch.setattr(Recognition, "sums", lambda self, rows: [7] * len(rows))
+    monkeypatch.setattr(Recognition, "sums", lambda self, columns: [7] * len(columns[0]))
     assert index.find(torch.full((1, 3), 2.0)) == [[1]]  # not written; the next ones have its sum
     assert index.find(torch.zeros(1, 3)) == [[2]]
     assert index.find(torch.ones(1, 3)) == [[0]]
@@ -109,6 +111,29 @@ def test_a_pack_that_somebody_changed_is_not_trusted(index: Index) -> None:
     assert index.find(changed) == [[0, 4, 2, 3]]
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_rows_of_several_tensors_are_told_apart_by_each_of_them(
+    alike: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two share all of one tensor, or all sums too; more rows than msgpack's short lists."""
+    if alike:
+        monkeypatch.setattr(Recognition, "sums", lambda self, columns: [7] * len(columns[0]))
+    index = Index(tmp_path)
+    x, y = torch.randn(1, 3).repeat(20, 1), torch.arange(20, dtype=torch.int16)
+    first = encode((torch.cat([x, x + 1]), y.repeat(2)))
+    for _ in range(2):
+        (looked_up,) = index.index.look_up([Batch(first.form.json, (), first.columns, None)])
+        ids, digests = index.index.find(first.form.json, 0, looked_up)
+        assert ids.tolist() == [*range(40)]
+        expected = [row_digest(first.form.json, row.tobytes()) for row in first.rows]
+        assert bytes(digests) == msgspec.msgpack.encode(expected)
+        index.index.flush()
+        if not alike:  # the second time all of them are recognised
+            monkeypatch.setattr(index.index, "_hash", None)
+    assert index.pack.read_bytes() == first.rows.tobytes()
+    index.close()
+
+
 def test_several_widths_share_a_pack(index: Index) -> None:
     narrow, odd = torch.randn(5, 2), torch.randint(0, 255, (5, 13), dtype=torch.uint8)
     wide = torch.randn(3, WIDEST // 4 + 1)
@@ -123,18 +148,19 @@ def test_several_widths_share_a_pack(index: Index) -> None:
 @given(st.lists(st.binary(min_size=5, max_size=5), min_size=1, max_size=12), st.data())
 @settings(max_examples=50, deadline=None)
 def test_sums_are_of_the_bytes(rows: list[bytes], data: Any) -> None:
-    recognition = Recognition(5)
+    recognition = Recognition([3, 2])
     matrix = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 5)
-    sums = recognition.sums(matrix)
+    columns = [matrix[:, :3], matrix[:, 3:]]
+    sums = recognition.sums(columns)
     at = data.draw(st.integers(0, len(rows) - 1))
-    assert recognition.sums(matrix[at : at + 1]) == [sums[at]]
+    assert recognition.sums([column[at : at + 1] for column in columns]) == [sums[at]]
     by_row = dict(zip(rows, sums, strict=True))
     assert [by_row[row] for row in rows] == sums
 
 
 def test_an_empty_pack_recognises_nothing(tmp_path: Path) -> None:
     (tmp_path / "pack").touch()
-    _, written = Mapped(tmp_path / "pack").rows(np.array([0]), 4)
+    _, written = Mapped(tmp_path / "pack").columns(np.array([0]), [4])
     assert not written.any()
 
 
