@@ -12,8 +12,8 @@ Four runs, each recorded twice, thinned (the default) and with every state kept:
 Processor time (one thread; the machine may be shared) of the plain loop over batches in memory,
 without culpa, and of ``culpa.attribute``: for 1 and 4 behaviours and with example scores, exact (as
 it is by default), and for the smooth models, ``gelu`` and ``gpt``, with checked differences. All in
-turn in one process; the medians of the ratios within one turn. Peak memory is that of a process of
-its own that trains or attributes (Linux only).
+turn in one process; medians of the ratios to the training before and after. Peak memory is that of
+a process of its own that trains or attributes (Linux only).
 """
 
 from __future__ import annotations
@@ -185,11 +185,13 @@ def examine(kind: str, kept: str, repeats: int) -> dict[str, Any]:
             jobs[f"{name}, 1 and examples"] = partial(sweep, 1, by, True)
         again, ratios = case_of(kind), dict[str, list[float]]()
         for turn in range(repeats + 1):
-            training = seconds(lambda: train(again))
+            before = seconds(lambda: train(again))
             for name, work in jobs.items():
-                took = seconds(work) / training
+                took = seconds(work)
+                after = seconds(lambda: train(again))
                 if turn:  # the first warms up
-                    ratios.setdefault(name, []).append(took)
+                    ratios.setdefault(name, []).append(2.0 * took / (before + after))
+                before = after
     found = {name: round(statistics.median(values), 2) for name, values in ratios.items()}
     ranges = {n: [round(min(v), 2), round(max(v), 2)] for n, v in ratios.items()}
     return {"case": kind, "record": kept, "ratios": found, "ranges": ranges, "strategy": strategy}

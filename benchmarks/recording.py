@@ -7,6 +7,11 @@ over pairs. The recorded time is that of the whole block: opening the folder, ex
 update of each stage twice, hashing, writing, closing. ``loop`` leaves opening and closing out;
 ``cpu`` is the training thread's own processor time in the loops, which a busy machine disturbs
 least; ``beside`` is the processor time of the thread that writes, per update.
+
+What comes once is told apart from what comes with every update, so that a run of any length can be
+foreseen: ``per_update`` is the ratio of the updates that are not the first of their stage, and
+``once_updates`` what all the rest takes longer, in plain updates: opening, the first update of each
+stage, which is proved to be what the record says, and closing.
 """
 
 from __future__ import annotations
@@ -31,12 +36,18 @@ from culpa.trajectory import environment
 
 
 class Spent(NamedTuple):
-    """Seconds: of the whole, the loops, the training thread's processor there, other threads'."""
+    """Seconds: of the whole, the loops, the training thread's processor there, other threads'.
+
+    ``later`` are those of the loops without the first update of each stage, ``later_cpu`` those of
+    the training thread's processor.
+    """
 
     whole: float
     loop: float
     cpu: float
     beside: float
+    later: float
+    later_cpu: float
 
 
 def train(case: Case, path: Path | None) -> Spent:
@@ -44,22 +55,28 @@ def train(case: Case, path: Path | None) -> Spent:
     torch.manual_seed(0)
     model = case.model()
     optimizer, stages = case.optimizer(model), list(case.stages())
-    looped = used = 0.0
+    looped = used = later = later_used = 0.0
     elsewhere, began = _elsewhere(), time.perf_counter()
     context: Any = nullcontext()
     if path is not None:
         context = culpa.record(path, culpa.Problem(model, loss), optimizer)
     with context as recorder:
         for name, batches in stages:
-            entered, at = time.perf_counter(), time.thread_time()
+            first, entered, at = True, time.perf_counter(), time.thread_time()
+            since, since_used = entered, at
             with recorder.stage(name) if recorder else nullcontext():
                 for batch in recorder.batches(batches) if recorder else batches:
                     optimizer.zero_grad()
                     loss(model, batch).backward()
                     optimizer.step()
+                    if first:
+                        first, since, since_used = False, time.perf_counter(), time.thread_time()
             looped += time.perf_counter() - entered
             used += time.thread_time() - at
-    return Spent(time.perf_counter() - began, looped, used, _elsewhere() - elsewhere)
+            later += time.perf_counter() - since
+            later_used += time.thread_time() - since_used
+    whole = time.perf_counter() - began
+    return Spent(whole, looped, used, _elsewhere() - elsewhere, later, later_used)
 
 
 def _elsewhere() -> float:
@@ -78,10 +95,10 @@ def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
             recorded.append(train(case, Path(folder, str(at))))
         run = culpa.open_run(Path(folder, str(repeats)))
         parts, updates, kept = run.bytes_by_part(), run.num_steps, len(run.kept_states)
-        state = len(run.state(updates).encode())
+        state, stages = len(run.state(updates).encode()), len(run.stages)
     pairs = list(zip(plain[1:], recorded[1:], strict=True))
     whole = [r.whole / p.whole for p, r in pairs]
-    every = state * (updates + 1)
+    every, repeated = state * (updates + 1), updates - stages
     return {
         "case": case.name,
         "threads": threads,
@@ -91,6 +108,12 @@ def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
         "recorded_seconds": _median(r.whole for r in recorded[1:]),
         "ratio": _median(whole),
         "ratio_range": [round(min(whole), 3), round(max(whole), 3)],
+        "ratio_per_update": _median(r.later / p.later for p, r in pairs),
+        "ratio_per_update_cpu": _median(r.later_cpu / p.later_cpu for p, r in pairs),
+        "once_updates": _median(
+            (r.whole - r.later - p.whole + p.later) / (p.later / repeated) for p, r in pairs
+        ),
+        "stages": stages,
         "ratio_loop": _median(r.loop / p.loop for p, r in pairs),
         "ratio_cpu_of_training_thread": _median(r.cpu / p.cpu for p, r in pairs),
         "plain_microseconds_cpu": round(1e6 * min(p.cpu for p in plain[1:]) / updates, 1),
@@ -136,9 +159,9 @@ def main() -> None:
             options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             sys.stdout.write(
                 f"{case.name}, {threads} thread(s): {found['ratio']:.2f} times plain"
-                f" ({found['ratio_loop']:.2f} in the loop,"
-                f" {found['ratio_cpu_of_training_thread']:.2f} in the training thread's processor"
-                f" time),"
+                f" ({found['ratio_per_update']:.3f} an update,"
+                f" {found['ratio_per_update_cpu']:.3f} in the training thread's processor time,"
+                f" and {found['once_updates']:.1f} updates once),"
                 f" {found['bytes_total'] / 1e6:.1f} MB,"
                 f" {found['total_to_every_state']:.2f} of every state\n"
             )

@@ -166,7 +166,7 @@ def _repeated(images: Tensor, labels: Tensor, count: int) -> Iterator[Batch]:
 
 CASES = (
     Case("MLP 784-128-128-10, batch 100", mlp, sgd, lambda: epochs((784,), 10_000, 100, 40)),
-    Case("ResNet-8, 32 x 32, batch 64", resnet8, sgd, lambda: epochs((3, 32, 32), 640, 64, 6)),
-    Case("LoRA of rank 8, AdamW, batch 16", LoRA, adamw, lambda: texts(160, 16, 3)),
+    Case("ResNet-8, 32 x 32, batch 64", resnet8, sgd, lambda: epochs((3, 32, 32), 640, 64, 20)),
+    Case("LoRA of rank 8, AdamW, batch 16", LoRA, adamw, lambda: texts(160, 16, 12)),
     Case("the demo's loop", lambda: demo.problem()[0].model, sgd, demo_stages),
 )
