@@ -7,7 +7,8 @@ its last pass alone: docs/performance.md has the figures.
 
 Graphs hold activations, so they are kept up to a number of bytes (``culpa.InMemory(graphs=)``); for
 the updates beyond that both are done as ever. An update executed this way must give the recorded
-bits, or it is executed the plain way, and so is the rest of its stage.
+bits, or it is executed the plain way, and so are all further ones of its manner: of the same loss,
+parameters and modes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ from culpa.trajectory.taken import Taken
 from culpa.trajectory.walk import Transition
 from culpa.tree import Tree
 
+_Manner = tuple[Problem, tuple[tuple[str, ...], ...], tuple[str, ...], tuple[str, ...]]
+"""What a gradient is made by and of, besides the batch: loss, parameters held, modes, and the
+parameters that get none."""
+
 
 class Graphs:
     """Takes gradients of replayed updates and keeps their graphs; a ``trajectory.taken.Taker``.
@@ -60,8 +65,9 @@ class Graphs:
     ) -> None:
         self._problem, self._budget, self._running = problem, budget, running
         self._wanted, self._examples = wanted, examples
-        self._refused, self._proved = set[str](), set[tuple[str, Any]]()
-        self._sizes = dict[tuple[str, Any], int]()
+        self._refused, self._proved = set[_Manner](), set[tuple[_Manner, Any]]()
+        self._sizes = dict[tuple[_Manner, Any], int]()
+        self._seen = dict[str, set[_Manner]]()
         self._waiting = WeakSet[Graph]()
 
     def take(
@@ -73,9 +79,11 @@ class Graphs:
         untouched: frozenset[str],
     ) -> Taken | None:
         """See ``Taker``."""
-        if record.stage in self._refused or not self._wanted():
+        manner = self._manner(record)
+        if manner in self._refused or not self._wanted():
             return None
-        kind = record.stage, _shapes(batch)
+        self._seen.setdefault(record.stage, set()).add(manner)
+        kind = manner, _shapes(batch)
         waiting = self.waiting
         if waiting + self._sizes.get(kind, 0) > self._budget:
             return None
@@ -90,7 +98,7 @@ class Graphs:
                 local = _weighted(local, self._examples(record.index), kind not in self._sizes)
             found, graph = _taken(local, self._running, kind not in self._sizes)
         except Exception:  # noqa: BLE001 (whatever it is, the plain way will say it, or do without)
-            self.refuse(record.stage)
+            self._refused.add(manner)
             return None
         graph.size = self._sizes.setdefault(kind, graph.size)
         if waiting + graph.size > self._budget:
@@ -106,8 +114,12 @@ class Graphs:
         return sum(graph.size for graph in self._waiting)
 
     def refuse(self, stage: str) -> None:
-        """See ``Taker``: the rest of the stage is left to the engine."""
-        self._refused.add(stage)
+        """See ``Taker``: all that is like anything of the stage is left to the engine."""
+        self._refused |= self._seen.get(stage, set())
+
+    def _manner(self, record: StepRecord) -> _Manner:
+        held, problem = record.optimizer.groups, self._problem.of(record.stage)
+        return problem, held, record.evaluating, record.without_gradient
 
 
 def _weighted(local: LocalLoss, examples: int, unknown: bool) -> LocalLoss:

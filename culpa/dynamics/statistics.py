@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ class Traced:
     buffers: Tree
     read: frozenset[str]
     held: Tree
+
+
+class Pulled(NamedTuple):
+    """What one pair of cotangents pulls back to, and the Hessian product if it is not in it."""
+
+    gained: Tree
+    before: Tree
+    product: Tree | None
 
 
 def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
@@ -108,20 +116,21 @@ def pullback(
     running: Sequence[str],
     gradients: Sequence[Tree],
     cotangents: Sequence[Tree],
-    curved: bool = False,
-) -> list[tuple[Tree, Tree]]:
+    curved: Literal["", "added", "apart"] = "",
+) -> list[Pulled]:
     """Cotangents w of the gradient and p of r_{k+1} -> what theta_k gains, and those of r_k.
 
-    What theta_k gains from w, the Hessian product, is left to the propagator, unless ``curved``: it
-    is added then, for hardly more than its own cost. Otherwise: a forward pass and a backward pass
-    for each cotangent; where the loss depends on r, about two and a half more.
+    What theta_k gains from w, the Hessian product, is left to the propagator, unless ``curved``:
+    then it is ``"added"``, for hardly more than its own cost, or given ``"apart"``, for a backward
+    pass more. Otherwise: a forward pass and a backward pass for each cotangent; where the loss
+    depends on r, about two and a half more.
 
     Raises:
         UnsupportedError: for a statistic that the observed update did not move as modelled here.
     """
     theta, moving = leaves(local, running)
     columns = _columns(local, running)
-    found: list[tuple[Tree, Tree]] = []
+    found: list[Pulled] = []
     with torch.enable_grad(), reversible_twice():
         bent = local.graph.use(theta) if curved and local.graph is not None else None
         if bent is not None and local.graph is not None:
@@ -137,9 +146,15 @@ def pullback(
         slopes = _gradients([traced.loss], theta) if crossed else {}
         for w, p in zip(gradients, cotangents, strict=True):
             weights = [_entry(p, n, v) for n, v in moving.items()]
+            product: Tree | None = None
             if bent is not None:
                 whole = {n: _entry(w, n, v) for n, v in theta.items()}
-                pulled = bent.pull(whole, list(zip(after, weights, strict=True)), moving)
+                pairs = list(zip(after, weights, strict=True))
+                pulled = bent.pull(whole, () if curved == "apart" else pairs, moving)
+                if curved == "apart":
+                    product = {n: pulled[n].detach() for n in theta}
+                    across = {n: pulled[n] for n in moving}
+                    pulled = tree.add(bent.pull(None, pairs, moving), across)
             else:
                 pulled = _gradients(after, theta | moving, weights, graph=False)
                 if any(slope.requires_grad for slope in slopes.values()):
@@ -149,9 +164,8 @@ def pullback(
             for count, column in columns.items():
                 pulled[count] = _entry(p, count) + tree.dot(column, p)
             pulled = tree.map_values(torch.detach, pulled)
-            found.append(
-                ({n: pulled[n] for n in theta}, {n: v for n, v in pulled.items() if n not in theta})
-            )
+            before = {n: v for n, v in pulled.items() if n not in theta}
+            found.append(Pulled({n: pulled[n] for n in theta}, before, product))
     return found
 
 

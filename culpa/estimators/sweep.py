@@ -109,8 +109,8 @@ class Sweep:
             moved, slots = direct_effect(rules, transition, counterfactual)
             made = statistics_made(transition, self.running)
             for q, p in enumerate(self.adjoints):
-                steps[k, q] = tree.dot(p.params, moved) + slots_dot(p.slots, slots)
-                steps[k, q] += tree.dot(p.statistics, made)
+                along = tree.dot(p.params, moved) + slots_dot(p.slots, slots)
+                steps[k, q] = along + tree.dot(p.statistics, made)
             trust.append(self.trust(rules, transition, moved))
             singular += updates.singular(
                 rules,
@@ -157,9 +157,11 @@ class Sweep:
         local = LocalLoss(self.problem, transition)
         raw = [local.spread(clip_derivative(transition.grads, record, w)) for _, _, w in pulled]
         propagator, probing = self.choice.propagator, self.probes.due(transition.index)
-        together = by_example is None and not probing and self._together(propagator)
-        if together:
-            curved = [dict[str, Tensor]() for _ in raw]
+        through, held = list[statistics.Pulled](), [p.statistics for p in self.adjoints]
+        if by_example is None and self._together(propagator):
+            how = "apart" if probing else "added"
+            through = statistics.pullback(local, self.running, raw, held, how)
+            curved = [one.product or {} for one in through]
         elif by_example is None:
             curved = propagator.products(local, raw)
         else:
@@ -177,10 +179,9 @@ class Sweep:
             p.params = tree.add(params, bent)
             p.slots = {} if record.reset else slots
         if self.running:
-            held = [p.statistics for p in self.adjoints]
-            through = statistics.pullback(local, self.running, raw, held, together)
-            for p, (gained, before) in zip(self.adjoints, through, strict=True):
-                p.params, p.statistics = tree.add(p.params, gained), before
+            through = through or statistics.pullback(local, self.running, raw, held)
+            for p, one in zip(self.adjoints, through, strict=True):
+                p.params, p.statistics = tree.add(p.params, one.gained), one.before
 
     def _together(self, propagator: Propagator) -> bool:
         """Whether the products come with what the running statistics pull back to, in one pass."""

@@ -94,12 +94,30 @@ def test_both_derivatives(name: str, tmp_path: Path) -> None:
         # Backwards: the transpose.
         w = {n: normal(9, *p.shape) for n, p in before.params.items()}
         p = {n: normal(10, *b.shape) for n, b in moving.items()}
-        ((theta, r),) = statistics.pullback(local, names, [w], [p])
+        ((theta, r, none),) = statistics.pullback(local, names, [w], [p])
+        assert none is None
         inner = sum(float((theta[n] * direction[n]).sum()) for n in direction)
         inner += sum(float((r[n] * moving[n]).sum()) for n in moving)
         outer = sum(float((p[n] * moved[n]).sum()) for n in moving)
         outer += sum(float((w[n] * gained[n]).sum()) for n in gained)
         assert inner == pytest.approx(outer, rel=1e-10)
+        # With the Hessian product, here by differences of torch's gradients, in it or beside it.
+        slopes = []
+        for sign in (1.0, -1.0):
+            params = {n: v + sign * step * w[n] for n, v in before.params.items()}
+            slopes.append(by_torch(model, params, before.buffers, transition.batches[0])[1])
+        ((both, same, none),) = statistics.pullback(local, names, [w], [p], "added")
+        ((gains, again, product),) = statistics.pullback(local, names, [w], [p], "apart")
+        assert none is None
+        assert product is not None
+        for n in theta:
+            bent = (slopes[0][n] - slopes[1][n]) / (2 * step)
+            torch.testing.assert_close(product[n], bent, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gains[n], theta[n], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(both[n], theta[n] + product[n], rtol=1e-9, atol=1e-12)
+        for n, value in r.items():
+            torch.testing.assert_close(same[n], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(again[n], value, rtol=1e-9, atol=1e-12)
 
 
 def test_no_variance_below_zero() -> None:

@@ -149,7 +149,7 @@ class Watched:
     """Counts what is taken, and the most that waits at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.kept, self.most, self.size = 0, 0, 0
+        self.kept, self.most, self.size, self.unproved = 0, 0, 0, 0
         self.made, self.refused = WeakSet[Graph](), list[str]()
         take = Graphs.take
 
@@ -157,6 +157,7 @@ class Watched:
             found = take(graphs, *given)
             if found is not None:
                 self.kept, self.size = self.kept + 1, found.graph.size
+                self.unproved += not found.proved
                 self.made.add(found.graph)
             self.most = max(self.most, graphs.waiting)
             return found
@@ -188,6 +189,16 @@ def test_scores_are_the_same_to_the_last_bit(
     assert found.trust == plain.trust
     if found.examples is not None and plain.examples is not None:
         assert torch.equal(found.examples, plain.examples)
+
+
+def test_what_is_alike_is_proved_once_whatever_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, problem, asked = record(Case(), tmp_path / "run")
+    seen = Watched(monkeypatch)
+    culpa.attribute(run, problem, asked)
+    assert len(run.stages) == 2
+    assert (seen.kept, seen.unproved) == (UPDATES, 1)
 
 
 def test_no_more_waits_than_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ class Slopes:
 
     def pull(
         self,
-        v: Tree,
+        v: Tree | None,
         further: Sequence[tuple[Tensor, Tensor]] = (),
         by: Tree | None = None,
         *,
@@ -163,15 +163,17 @@ class Slopes:
         """The gradient of <grad value, v>, and of <a, b> for each (a, b) of ``further``.
 
         Args:
-            v: like the leaves.
+            v: like the leaves; ``None``: only what is further.
             further: functions of the same leaves, and their cotangents.
             by: differentiated by as well.
             retain: whether this is called again.
         """
-        pairs = [*further, *((g, v[name]) for g, name in self._plain)]
-        for g, along in self._layers:
-            t = along(v)
-            pairs += [(g, t.detach()), (t, g.detach())]
+        pairs = [*further]
+        if v is not None:
+            pairs += [(g, v[name]) for g, name in self._plain]
+            for g, along in self._layers:
+                t = along(v)
+                pairs += [(g, t.detach()), (t, g.detach())]
         pairs = [(a, b) for a, b in pairs if a.requires_grad]
         wrt = {**self._leaves, **(by or {})}
         if not pairs:
