@@ -94,11 +94,16 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     The blocks are added up in float64. Rounding: some 1e-8 of ||a|| ||b|| in float32. The memory
     of a whole tensor in float64 takes forty times as long as the sum itself.
     """
-    return _total.get()(math.fsum([part for n in a if n in b for part in _blocks(a[n], b[n])]))
+    parts: list[float] = []
+    for name, left in a.items():
+        if name in b:
+            parts += _blocks(left, b[name])
+    return _total.get()(math.fsum(parts))
 
 
 def _blocks(a: Tensor, b: Tensor, exact: bool = False) -> list[float]:
-    left, right = a.detach().reshape(-1), b.detach().reshape(-1)
+    left = _flat(a)
+    right = left if b is a else _flat(b)
     if exact or left.dtype != right.dtype or left.dtype not in _WIDE:
         pairs = zip(left.split(SMALL), right.split(SMALL), strict=True)
         return [torch.dot(x.double(), y.double()).item() for x, y in pairs]
@@ -106,6 +111,12 @@ def _blocks(a: Tensor, b: Tensor, exact: bool = False) -> list[float]:
         return [torch.dot(left, right).item()]
     pairs = zip(left.split(BLOCK), right.split(BLOCK), strict=True)
     return [torch.dot(x, y).item() for x, y in pairs]
+
+
+def _flat(value: Tensor) -> Tensor:
+    # Of small tensors each call takes as long as the sum: none that is not needed.
+    bare = value.detach() if value.requires_grad else value
+    return bare if bare.ndim == 1 else bare.reshape(-1)
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:

@@ -49,11 +49,13 @@ def recovered(record: StepRecord, before: State, after: State) -> Tree | None:
             parts = _moments(group, name, before, after)
             if parts is None:
                 return None
-            made[name], carried, share = parts
+            made[name], moment, kept, share = parts
             least = min(least, abs(share))
-            effective[name] = made[name] - carried
+            effective[name] = (
+                made[name] if moment is None else torch.sub(made[name], moment, alpha=kept)
+            )
             if share != 1.0:
-                effective[name].div_(share)
+                effective[name] = effective[name] / share
             found[name] = _raw(group, effective[name], before.params[name])
     size = tree.norm(effective)
     eps = max((torch.finfo(value.dtype).eps for value in found.values()), default=0.0)
@@ -66,8 +68,8 @@ def recovered(record: StepRecord, before: State, after: State) -> Tree | None:
 
 def _moments(
     group: Group, name: str, before: State, after: State
-) -> tuple[Tensor, Tensor, float] | None:
-    """m', what of it m carried over, and the factor of g~ in the rest; ``None`` if not known."""
+) -> tuple[Tensor, Tensor | None, float, float] | None:
+    """m', m if there was one, its factor in m' and that of g~; ``None`` if not known."""
     hyper = group.hyper
     param = before.params[name]
     if param.dtype not in (torch.float32, torch.float64):
@@ -86,9 +88,7 @@ def _moments(
     made = after.slots.get(slot, {}).get(name)
     if made is None or share == 0.0 or made.dtype != param.dtype:
         return None
-    moment = before.slots.get(slot, {}).get(name)
-    carried = torch.zeros_like(made) if moment is None else kept * moment
-    return made, carried, share
+    return made, before.slots.get(slot, {}).get(name), kept, share
 
 
 def _raw(group: Group, effective: Tensor, param: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Engine:
         if taken is None:
             total, used = accumulate(record, batches, randoms, self.params, self.buffers, backward)
         else:
-            total, used = self._given(taken), []
+            total, used = self._given(taken, self._let_alone(record)), []
         if scaler is not None:
             for member in members_of(self._prepared_optimizer(record)):
                 scaler.unscale_(member)
@@ -177,12 +177,13 @@ class Engine:
             set_modes(self.problem.model, record.evaluating)
         self._require_gradients(record)
 
-    def _given(self, taken: Taken) -> float:
+    def _given(self, taken: Taken, let_alone: bool) -> float:
         """Leave the gradients where ``backward`` would; they may be written into."""
         for name, grad in taken.grads.items():
             p = self.params[name]
             # A norm's last bit depends on the order in memory, which is the parameter's.
-            p.grad = torch.empty_like(p).copy_(grad)
+            alike = let_alone and grad.stride() == p.stride()
+            p.grad = grad if alike else torch.empty_like(p).copy_(grad)
         write(self.buffers, taken.buffers)
         return taken.loss
 

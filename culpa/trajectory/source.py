@@ -93,7 +93,7 @@ class Folder:
 
     def _status(self, path: Path) -> os.stat_result:
         for folder in path.relative_to(self.path).parents:
-            if (self.path / folder).is_symlink() and folder != Path():
+            if folder != Path() and (self.path / folder).is_symlink():
                 raise IntegrityError(f"{self.path / folder} is a link; a run holds plain files.")
         try:
             return path.lstat()

@@ -80,7 +80,7 @@ class _Moments(NamedTuple):
     second: Tensor  # v'
     largest: Tensor  # v_max before the update; v' without amsgrad
     used: Tensor  # w
-    positive: Tensor  # 1 where w > 0, else 0
+    positive: Tensor | None  # 1 where w > 0, else 0; None where that is everywhere
     safe_root: Tensor  # sqrt(w), but 1 where w = 0
     root: Tensor  # sqrt(w)
 
@@ -98,12 +98,20 @@ def _moments(param: Tensor, grad: Tensor, slots: TensorSlots, at: _Settings) -> 
     second = torch.addcmul(second, effective, effective, value=1 - at.beta2)
     largest = _slot(slots, "max_exp_avg_sq", grad) if at.amsgrad else second
     used = torch.maximum(largest, second) if at.amsgrad else second
+    positive, safe_root, root = _root(used)
+    return _Moments(effective, first, second, largest, used, positive, safe_root, root)
+
+
+def _root(used: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of ``_Moments``: ``positive``, ``safe_root`` and ``root``."""
+    if not used.numel() or bool(used.amin() > 0):
+        root = used.sqrt()
+        return None, root, root
     # Taking the root of 1 where w = 0 and multiplying by 0 afterwards keeps the infinite derivative
     # from arising. These are where(w > 0, w, 1) and w > 0, at a fraction of their time.
     safe_root = torch.threshold(used, 0.0, 1.0).sqrt()
     positive = used.sign().clamp(min=0)
-    root = positive * safe_root
-    return _Moments(effective, first, second, largest, used, positive, safe_root, root)
+    return positive, safe_root, positive * safe_root
 
 
 def _corrections(at: _Settings, count: float) -> tuple[float, float]:
@@ -150,7 +158,8 @@ def step(
 class _Linearised:
     """The derivative of one Adam update, as coefficients by coordinate.
 
-    d increment = -step_size inverse dm' + by_used dw - rate decoupled dtheta + by_step dstep,
+    d increment = -step_size inverse dm' + of_used by_used dw - rate decoupled dtheta
+                  + by_step dstep,
     dw = share dv' + (1 - share) dv_max.
     """
 
@@ -158,6 +167,7 @@ class _Linearised:
     step_size: float  # lr / c1
     effective: Tensor  # g~
     inverse: Tensor  # 1 / (sqrt(w / c2) + eps)
+    of_used: float
     by_used: Tensor
     by_step: Tensor | None  # None at t = 0
     share: Tensor | None  # None without amsgrad
@@ -165,22 +175,24 @@ class _Linearised:
     def pullback(
         self, cotangent: Tensor, slots: TensorSlots
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """See ``Linearised``; some 10 passes over the parameter after the shared coefficients."""
+        """See ``Linearised``; 8 passes over the parameter after the shared coefficients."""
         at, before = self.at, dict(slots)
         first, second = _slot(slots, "exp_avg", cotangent), _slot(slots, "exp_avg_sq", cotangent)
         first = torch.addcmul(first, cotangent, self.inverse, value=-self.step_size)
         if self.share is not None:
-            used = _slot(slots, "max_exp_avg_sq", cotangent) + self.by_used * cotangent
+            used = _slot(slots, "max_exp_avg_sq", cotangent)
+            used = torch.addcmul(used, cotangent, self.by_used, value=self.of_used)
             before["max_exp_avg_sq"] = (1 - self.share) * used
-            second = second + self.share * used
+            second = torch.addcmul(second, self.share, used)
         else:
-            second = torch.addcmul(second, cotangent, self.by_used)
-        before["exp_avg"], before["exp_avg_sq"] = at.beta1 * first, at.beta2 * second
-        gradient = torch.addcmul(
-            (1 - at.beta1) * first, self.effective, second, value=2 * (1 - at.beta2)
-        )
+            second = torch.addcmul(second, cotangent, self.by_used, value=self.of_used)
+        # In the memory of first and second, which nobody else has.
+        before["exp_avg"] = at.beta1 * first
+        gradient = first.mul_(1 - at.beta1)
+        gradient.addcmul_(self.effective, second, value=2 * (1 - at.beta2))
+        before["exp_avg_sq"] = second.mul_(at.beta2)
         if self.by_step is not None:
-            column = (self.by_step * cotangent).sum()
+            column = torch.dot(self.by_step.reshape(-1), cotangent.reshape(-1))
             before["step"] = column + slots["step"] if "step" in slots else column
         theta = cotangent * (1 - at.rate * at.decoupled) if at.decoupled else cotangent
         if at.coupled:
@@ -205,7 +217,7 @@ class _Linearised:
         after["exp_avg"], after["exp_avg_sq"] = first, second
         theta = tangent * (1 - at.rate * at.decoupled) if at.decoupled else tangent
         theta = torch.addcmul(theta, first, self.inverse, value=-self.step_size)
-        theta = torch.addcmul(theta, used, self.by_used)
+        theta = torch.addcmul(theta, used, self.by_used, value=self.of_used)
         if "step" in slots and self.by_step is not None:
             theta = theta + self.by_step * slots["step"]
         return theta, after
@@ -219,33 +231,38 @@ def linearise(
     moments = _moments(param, grad, slots, at)
     step_size, scale = _corrections(at, count + 1)
     inverse = (scale * moments.root).add_(at.eps).reciprocal_()
-    # -step_size m' d(inverse) / dw. m' / sqrt(w) first: it is of order one, so that nothing
-    # overflows in float32.
-    by_used = (moments.first * moments.positive) / moments.safe_root
-    by_used = by_used.mul_(inverse).mul_(inverse).mul_(0.5 * step_size * scale)
+    forward = moments.first * inverse
+    # -step_size m' d(inverse) / dw = step_size scale / 2  (m' inverse) inverse / sqrt(w), and
+    # m' inverse is of order one, so that nothing overflows in float32.
+    by_used = (forward * inverse).div_(moments.safe_root)
+    if moments.positive is not None:
+        by_used.mul_(moments.positive)
     return _Linearised(
         at=at,
         step_size=step_size,
         effective=moments.effective,
         inverse=inverse,
+        of_used=0.5 * step_size * scale,
         by_used=by_used,
-        by_step=_backward_difference(moments, inverse, at, count) if count >= 1 else None,
+        by_step=_backward_difference(moments, forward, at, count) if count >= 1 else None,
         # Where v' is the larger 1, at ties 1/2, else 0.
         share=(moments.second - moments.largest).sign().add(1).mul(0.5) if at.amsgrad else None,
     )
 
 
-def _backward_difference(moments: _Moments, inverse: Tensor, at: _Settings, count: float) -> Tensor:
-    """theta'(t) - theta'(t - 1) by coordinate, t = ``count`` >= 1.
+def _backward_difference(moments: _Moments, forward: Tensor, at: _Settings, count: float) -> Tensor:
+    """theta'(t) - theta'(t - 1) by coordinate, t = ``count`` >= 1; ``forward`` is m' / D.
 
-    -m' (a / D - b / E) = m' (b D - a E) / (D E), with a, b the step sizes and D, E the
-    denominators now and at t - 1: what nearly cancels are float64 numbers, not tensors.
+    With a, b the step sizes, D = s r + eps, E = s' r + eps the denominators and r = sqrt(w), now
+    and at t - 1:  -m' (a / D - b / E) = m' / D (b D - a E) / E, and (b D - a E) / E is
+    (b s / s' - a) + eps b (1 - s / s') / E: what nearly cancels are float64 numbers, not tensors.
     """
     now, scale = _corrections(at, count + 1)
     then, scale_then = _corrections(at, count)
-    numerator = (moments.root * (then * scale - now * scale_then)).add_(at.eps * (then - now))
+    ratio = scale / scale_then
     denominator = (moments.root * scale_then).add_(at.eps)
-    return moments.first * numerator.div_(denominator).mul_(inverse)
+    constant = forward * (then * ratio - now)
+    return constant.addcdiv_(forward, denominator, value=at.eps * then * (1.0 - ratio))
 
 
 def extend(param: Tensor, slots: TensorSlots, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -265,4 +282,6 @@ def singular(
 ) -> int:
     """Coordinates whose second moment w is 0 (or less), where d sqrt(w) / d w was defined as 0."""
     used = new_slots.get("max_exp_avg_sq", new_slots["exp_avg_sq"])
+    if used.numel() and bool(used.amin() > 0):  # half the time, and so it nearly always is
+        return 0
     return int((used <= 0).sum())
