@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -96,7 +95,8 @@ class Graphs:
             local = LocalLoss(self._problem, began, observed=False)
             if self._examples is not None:
                 local = _weighted(local, self._examples(record.index), kind not in self._sizes)
-            found, graph = _taken(local, self._running, kind not in self._sizes)
+            measured, proved = kind not in self._sizes, kind in self._proved
+            found, graph = _taken(local, self._running, measured, proved)
         except Exception:  # noqa: BLE001 (whatever it is, the plain way will say it, or do without)
             self._refused.add(manner)
             return None
@@ -104,9 +104,8 @@ class Graphs:
         if waiting + graph.size > self._budget:
             return None
         self._waiting.add(graph)
-        proved = kind in self._proved
         self._proved.add(kind)
-        return replace(found, proved=proved)
+        return found
 
     @property
     def waiting(self) -> int:
@@ -133,7 +132,9 @@ def _weighted(local: LocalLoss, examples: int, unknown: bool) -> LocalLoss:
     return weighted
 
 
-def _taken(local: LocalLoss, running: Sequence[str], measured: bool) -> tuple[Taken, Graph]:
+def _taken(
+    local: LocalLoss, running: Sequence[str], measured: bool, proved: bool
+) -> tuple[Taken, Graph]:
     leaves, moving = statistics.leaves(local, running)
     size = _Size(leaves) if measured else None
     hooks = nullcontext() if size is None else saved_tensors_hooks(size.pack, _as_it_is)
@@ -151,7 +152,7 @@ def _taken(local: LocalLoss, running: Sequence[str], measured: bool) -> tuple[Ta
     grads = {name: slopes.gradient[name] for name in local.grads if name in slopes.gradient}
     graph = Graph(slopes, leaves, 0 if size is None else size.bytes, (traced, moving))
     buffers = local.transition.before.buffers if traced is None else traced.held
-    return Taken(loss, grads, buffers, graph), graph
+    return Taken(loss, grads, buffers, graph, proved), graph
 
 
 class _Size:

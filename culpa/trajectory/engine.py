@@ -121,10 +121,11 @@ class Engine:
         """One update, each micro-batch from its ``randoms`` or, if ``None``, as they stand.
 
         ``keep``: whether its gradients and generators are asked for. ``taken``: its gradients, if
-        somebody has them already; only the optimizer's part is executed then.
+        somebody has made them after ``prepare``; only the optimizer's part is executed then.
         """
         problem = self.problem.of(record.stage)
-        self.prepare(record)
+        if taken is None:
+            self.prepare(record)
         for p in self.params.values():
             p.grad = None
         scaler = self._scaler(record)
@@ -135,7 +136,8 @@ class Engine:
         if taken is None:
             total, used = accumulate(record, batches, randoms, self.params, self.buffers, backward)
         else:
-            total, used = self._given(taken, self._let_alone(record)), []
+            total = self._given(taken, self._let_alone(record))
+            used = [r for r in randoms if r is not None] if record.drew_randomness else []
         if scaler is not None:
             for member in members_of(self._prepared_optimizer(record)):
                 scaler.unscale_(member)

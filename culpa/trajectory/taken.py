@@ -36,7 +36,7 @@ class Taken:
     grads: Tree
     buffers: Tree
     graph: Any
-    proved: bool = False
+    proved: bool
 
 
 @runtime_checkable

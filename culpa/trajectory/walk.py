@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from culpa.errors import IntegrityError, ProblemError
@@ -244,12 +244,7 @@ def _by_taker(
         if random is not None:
             rng.restore(random)
         return None, None
-    if taken.proved:
-        done = engine.execute(record, [batch], [random], taken=taken)
-        used = (random,) if record.drew_randomness and random is not None else ()
-        done = replace(done, randoms=used)
-    else:
-        done = engine.execute(record, [batch], [random])
+    done = engine.execute(record, [batch], [random], taken=taken if taken.proved else None)
     same = digest.combine(engine.looked_at(untouched).digests()) == record.digest
     if same and (taken.proved or is_that_of(taken, done.grads, engine.buffers)):
         return done, taken.graph
