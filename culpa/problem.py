@@ -121,12 +121,7 @@ class Problem:
 
     def example_losses_at(self, params: Mapping[str, Tensor], buffers: Tree, batch: Any) -> Tensor:
         """The losses of the examples of a micro-batch, shape ``[B]``, as a pure function."""
-        if self.example_losses is None:
-            raise OptionError(
-                "examples=True needs Problem(model, loss, example_losses=...): a function "
-                "(model, batch) -> [B] whose mean is the loss."
-            )
-        losses = self.call_at(self.example_losses, params, buffers, batch)
+        losses = self.call_at(self.graded, params, buffers, batch)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ProblemError(
@@ -134,6 +129,16 @@ class Problem:
                 "Use reduction='none' and do not average."
             )
         return losses
+
+    @property
+    def graded(self) -> Loss:
+        """``example_losses``; raises ``OptionError`` where none was given."""
+        if self.example_losses is None:
+            raise OptionError(
+                "examples=True needs Problem(model, loss, example_losses=...): a function "
+                "(model, batch) -> [B] whose mean is the loss."
+            )
+        return self.example_losses
 
     def call_at(
         self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any

@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from culpa.dynamics import statistics
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss, differentiable_twice
 from culpa.dynamics.propagator import CHOSEN, Exact, Propagator
 from culpa.dynamics.shares import over_rows
+from culpa.dynamics.statistics import Pulled
 from culpa.errors import ProblemError
 from culpa.trajectory.ranks.joined import sharing
 from culpa.tree import Tree
@@ -45,12 +48,22 @@ class Weighted(LocalLoss):
 
     def value(self, params: Tree) -> Tensor:
         """f, differentiable in both."""
-        theta = {name: value for name, value in params.items() if name != WEIGHTS}
-        return (params[WEIGHTS] * self.example_values(theta)).sum()
+        return (params[WEIGHTS] * self.example_values(_without(params))).sum()
+
+    def part(self, params: Tree, buffers: Tree, batch: object, at: int) -> Tensor:
+        """As for ``LocalLoss``, weighted."""
+        problem, everything = self.problem, self.everything(_without(params))
+        losses = problem.call_in(problem.graded, everything, buffers, batch)
+        rows = [len(micro.rows) for micro in self.transition.record.contributing]
+        return (params[WEIGHTS].split(rows)[at] * losses).mean()
 
     def parts(self) -> list[LocalLoss]:
         """Itself: the weights are those of all micro-batches."""
         return [self]
+
+
+def _without(params: Tree) -> Tree:
+    return {name: value for name, value in params.items() if name != WEIGHTS}
 
 
 class _Watched(LocalLoss):
@@ -98,6 +111,25 @@ def products(
                 torch.func.jvp(local.example_values, (local.params,), (w,))[1] for w in cotangents
             ]
     return found, [slope.detach().double().cpu() for slope in slopes]
+
+
+def with_statistics(
+    local: LocalLoss,
+    running: Sequence[str],
+    cotangents: Sequence[Tree],
+    moved: Sequence[Tree],
+    curved: Literal["added", "apart"],
+    examples: int,
+) -> tuple[list[Pulled], list[Tensor]]:
+    """``statistics.pullback`` with exact products, and the slopes of ``products`` in them."""
+    weighted = Weighted(local, examples)
+    found = statistics.pullback(weighted, running, cotangents, moved, curved)
+    slopes = [(one.product or one.gained)[WEIGHTS] for one in found]
+    bare = [
+        Pulled(_without(one.gained), one.before, one.product and _without(one.product))
+        for one in found
+    ]
+    return bare, [slope.detach().double().cpu() for slope in slopes]
 
 
 def _by_differences(local: LocalLoss, w: Tree, examples: int) -> tuple[Tree, Tensor]:

@@ -51,7 +51,7 @@ class Graphs:
         wanted: whether whoever comes back will multiply by the Hessian at all.
         examples: the number of examples of an update, where their slopes are wanted with the
             products (dynamics/examples.py).
-        running: running statistics that the sweep carries; not with ``examples``.
+        running: running statistics that the sweep carries.
     """
 
     def __init__(

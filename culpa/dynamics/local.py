@@ -103,6 +103,10 @@ class LocalLoss:
         ]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
+    def part(self, params: Tree, buffers: Tree, batch: object, at: int) -> Tensor:
+        """The loss of micro-batch ``at``; modules read and write the very tensors ``buffers``."""
+        return self.problem.call_in(self.problem.loss, self.everything(params), buffers, batch)
+
     def example_values(self, params: Tree) -> Tensor:
         """The share of every example in the update's loss, ``[examples]``; sums to ``value``."""
         shares: list[Tensor] = []

@@ -76,8 +76,7 @@ def trace(local: LocalLoss, params: Tree, buffers: Tree) -> Traced:
             ends, values = [*ends, values], start
         held = tree.clone(values)
         with Follow(held, dict(values)) as follow:
-            everything = local.everything(params)
-            found = local.problem.call_in(local.problem.loss, everything, held, batch)
+            found = local.part(params, held, batch, at)
         losses.append(weight * found)
         # Counts of batches are moved by the module itself, in place.
         moved = {n: v for n, v in held.items() if not v.is_floating_point()}

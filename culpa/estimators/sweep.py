@@ -158,16 +158,21 @@ class Sweep:
         raw = [local.spread(clip_derivative(transition.grads, record, w)) for _, _, w in pulled]
         propagator, probing = self.choice.propagator, self.probes.due(transition.index)
         through, held = list[statistics.Pulled](), [p.statistics for p in self.adjoints]
-        if by_example is None and self._together(propagator):
-            how = "apart" if probing else "added"
-            through = statistics.pullback(local, self.running, raw, held, how)
+        slopes: list[Tensor] = []
+        if by_example is not None and math.isnan(self.probes.mean):
+            examples.check_losses(local, len(ids))
+        if self._together(propagator):
+            asked = self.running, raw, held, "apart" if probing else "added"
+            if by_example is None:
+                through = statistics.pullback(local, *asked)
+            else:
+                through, slopes = examples.with_statistics(local, *asked, len(ids))
             curved = [one.product or {} for one in through]
         elif by_example is None:
             curved = propagator.products(local, raw)
         else:
-            if math.isnan(self.probes.mean):
-                examples.check_losses(local, len(ids))
             curved, slopes = examples.products(propagator, local, raw, len(ids))
+        if by_example is not None:
             by_example.index_add_(0, torch.tensor(ids), torch.stack(slopes, dim=1))
         curved = self.choice.confirmed(local, raw, curved)
         if probing:

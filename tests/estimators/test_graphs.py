@@ -100,7 +100,7 @@ CASES = {
     "frozen": Case(frozen),
     "clipped": Case(clip=0.1),
     "statistics": Case(normalised),
-    "statistics and examples": Case(normalised, by_example=True, kept=0),
+    "statistics and examples": Case(normalised, by_example=True),
     "attention": Case(Attending, words, adamw),
     "micro-batches": Case(parts=2, kept=0),
     "a kernel of which there is no derivative": Case(lambda: Attending(1), words, adamw, kept=0),

@@ -13,7 +13,7 @@ from culpa.estimators.layers import by_layer, effect_by_layer
 from oracles import normalised, unrolled
 from oracles.compare import assert_close, assert_tree_close
 from oracles.normalised import Options
-from oracles.problems import log_likelihoods
+from oracles.problems import cross_entropies, log_likelihoods
 from oracles.recipes import DECAYING, adamw, sgd
 from oracles.recording import Recorded, record
 from oracles.retrain import Plan, buffers_of, parameters_of, retrain, true_effects
@@ -71,7 +71,7 @@ def test_statistics_that_are_frozen_after_a_stage(tmp_path: Path) -> None:
 def test_micro_batches_move_the_statistics_in_turn(tmp_path: Path) -> None:
     plan = normalised.plan({0: MOMENTUM}, DECAYING, normalised.make(None))
     model = plan.model()
-    problem = culpa.Problem(model, plan.loss)
+    problem = culpa.Problem(model, plan.loss, cross_entropies)
     optimizer = plan.optimizers[0](model)
     weights = (0.25, 0.75)
     with culpa.record(tmp_path / "run", problem, optimizer) as recorder:
@@ -85,9 +85,14 @@ def test_micro_batches_move_the_statistics_in_turn(tmp_path: Path) -> None:
                 optimizer.step()
     run = culpa.open_run(tmp_path / "run")
     asked = [culpa.log_likelihood("right", held_out())]
-    scores = culpa.attribute(run, problem, asked, propagator=culpa.Exact())
-    trace = normalised.unroll(plan, TWIN, lambda k: Options(None), weights=weights)
+    scores = culpa.attribute(run, problem, asked, propagator=culpa.Exact(), examples=True)
+    ones = torch.ones(12, 8, dtype=torch.float64, requires_grad=True)
+    trace = normalised.unroll(plan, TWIN, lambda k: Options(None), weights=weights, by_example=ones)
     gamma = normalised.mean_log_likelihood(trace, held_out(), Options(None))
+    (expected,) = torch.autograd.grad(gamma, ones, retain_graph=True)
+    ids = torch.tensor([run.example_ids(k) for k in range(12)])
+    assert scores.examples is not None
+    assert_close(scores.examples[ids, 0], expected, BOUND)
     assert_close(scores.steps[:, 0], normalised.step_scores(trace, gamma), BOUND)
 
 

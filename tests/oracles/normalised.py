@@ -173,14 +173,12 @@ def unroll(
             targets: Tensor = targets,
         ) -> tuple[Tensor, Tensors, dict[str, int]]:
             total = torch.zeros((), dtype=torch.float64)
-            parts = zip(
-                weights, inputs.chunk(len(weights)), targets.chunk(len(weights)), strict=True
-            )
-            for weight, x, y in parts:
+            of_each = torch.ones(len(targets)) if by_example is None else by_example[k]
+            cut = (given.chunk(len(weights)) for given in (inputs, targets, of_each))
+            for weight, x, y, each in zip(weights, *cut, strict=True):
                 logits, r, counts = forward(theta, r, counts, x, options(k))
                 losses = functional.cross_entropy(logits, y, reduction="none")
-                shares = losses if by_example is None else by_example[k] * losses
-                total = total + weight * shares.mean()
+                total = total + weight * (each * losses).mean()
             return total, r, counts
 
         value, moved, counted = passes(r, counts)
