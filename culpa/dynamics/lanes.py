@@ -7,7 +7,7 @@ computes in another order than one model alone does, so nothing here is bit for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from torch.func import vmap  # pyright: ignore[reportPrivateImportUsage]
 
 from culpa import tree
 from culpa.dynamics.clip import clip
-from culpa.dynamics.updates import Rules
-from culpa.dynamics.updates.rule import Step
+from culpa.dynamics.updates import Rules, in_place
 from culpa.errors import ProblemError
 from culpa.problem import Problem
 from culpa.trajectory.borrowing import set_modes
@@ -130,38 +129,53 @@ class Lanes:
 
     def _step(self, record: StepRecord, grads: Tree, lanes: Sequence[int]) -> None:
         for group in record.groups:
-            rule = self._rules.of(group)
-            hyper = {**rule.defaults, **group.hyper}
+            hyper = {**self._rules.of(group).defaults, **group.hyper}
+            alike: dict[tuple[float, tuple[int, ...]], list[str]] = {}
             for name in group.names:
                 if name not in grads:
                     continue
-                alike: dict[float, list[int]] = {}
+                counted: dict[float, list[int]] = {}
                 for lane in lanes:
-                    alike.setdefault(self._clocks[lane].get(name, 0.0), []).append(lane)
-                for clock, mine in alike.items():
-                    whole = len(mine) == len(lanes)
-                    at = slice(len(lanes)) if whole else [self._places[lane] for lane in mine]
-                    after = self._move(rule.step, name, grads[name][at], hyper, at, clock)
-                    for lane in mine:
-                        self._clocks[lane][name] = after
+                    counted.setdefault(self._clocks[lane].get(name, 0.0), []).append(lane)
+                for count, mine in counted.items():
+                    alike.setdefault((count, (*mine,)), []).append(name)
+            for (count, mine), names in alike.items():
+                whole = len(mine) == len(lanes)
+                at = slice(len(lanes)) if whole else [self._places[lane] for lane in mine]
+                after = self._move(group.optimizer, names, grads, hyper, at, count)
+                for lane in mine:
+                    self._clocks[lane] |= dict.fromkeys(names, after)
 
     def _move(
-        self, step: Step, name: str, grad: Tensor, hyper: Any, at: slice | list[int], clock: float
+        self,
+        optimizer: str,
+        names: Sequence[str],
+        grads: Tree,
+        hyper: Mapping[str, Any],
+        at: slice | list[int],
+        count: float,
     ) -> float:
-        """One parameter of lanes that have counted the same; how far they have counted then."""
-        param, slots = self._params[name], dict[str, Tensor]()
-        if clock:
-            slots = {slot: held[name][at] for slot, held in self._slots.items() if name in held}
-            slots["step"] = torch.tensor(clock)
-        increment, new = step(param[at], grad, slots, hyper)
-        param[at] += increment
-        after = float(new.pop("step", torch.tensor(1.0)))
-        for slot, value in new.items():
-            held = self._slots.setdefault(slot, {})
-            if name not in held:
-                held[name] = torch.zeros_like(param)
-            held[name][at] = value
+        """Parameters of lanes that have counted the same; how far they have counted then."""
+        slots = in_place.slots_of(optimizer, hyper)
+        stacks = [[self._params[n] for n in names], *(self._slot(s, names) for s in slots)]
+        # A slice is the stack itself; of single lanes there are copies, to be put back.
+        parts = [[value[at] for value in stack] for stack in stacks]
+        moments = dict(zip(slots, parts[1:], strict=True))
+        given = [grads[n][at] for n in names]
+        after = in_place.step(optimizer, parts[0], given, moments, hyper, count)
+        if not isinstance(at, slice):
+            for stack, part in zip(stacks, parts, strict=True):
+                for value, made in zip(stack, part, strict=True):
+                    value[at] = made
         return after
+
+    def _slot(self, slot: str, names: Sequence[str]) -> list[Tensor]:
+        """The stacks of a slot, empty ones where no lane had it yet."""
+        held = self._slots.setdefault(slot, {})
+        for name in names:
+            if name not in held:
+                held[name] = torch.zeros_like(self._params[name])
+        return [held[name] for name in names]
 
     def _arrange(self, lanes: Sequence[int]) -> None:
         """Let ``lanes`` lie at the beginning of the stack."""
