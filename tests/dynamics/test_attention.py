@@ -107,3 +107,28 @@ def test_what_the_kernel_does_not_do_is_left_to_torch() -> None:
             out = scaled_dot_product_attention(**({"query": q, "key": k, "value": v} | given))
             assert "Attend" not in str(out.grad_fn)
             torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_what_is_differentiable_twice_is_so_in_forward_mode_and_for_a_while() -> None:
+    allowed = (
+        torch.backends.cuda.math_sdp_enabled,
+        torch.backends.cuda.flash_sdp_enabled,
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        torch.backends.cuda.cudnn_sdp_enabled,
+        torch.backends.mha.get_fastpath_enabled,
+    )
+    before = [ask() for ask in allowed]
+    query = torch.randn(1, 2, 5, 4, dtype=torch.float64)
+
+    def attended(q: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q).square().sum()
+
+    with differentiable_twice():
+        slope, step = torch.func.jvp(attended, (query,), (query,))[1], 1e-6
+        ends = [float(attended(query * (1.0 + sign * step))) for sign in (1.0, -1.0)]
+        assert float(slope) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-7)
+        assert [ask() for ask in allowed] == [True, False, False, False, False]
+    assert [ask() for ask in allowed] == before
+    with pytest.raises(ZeroDivisionError), differentiable_twice():
+        raise ZeroDivisionError
+    assert [ask() for ask in allowed] == before

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, embedding, linear, scaled_dot_product_attention
 
 import culpa
 from culpa.dynamics.curvature.kept import Graph
@@ -39,6 +39,17 @@ class Attending(nn.Module):
         made = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=fewer)
         x = x + self.dropout(self.out(made.transpose(1, 2).flatten(-2)))
         return (x @ self.embedding.weight.T).transpose(1, 2)
+
+
+class Tied(nn.Module):
+    """One table for what words are and for how likely they are: a linear layer's, and looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return linear(embedding(tokens, self.table).tanh(), self.table).transpose(1, 2)
 
 
 def digits(generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -102,6 +113,7 @@ CASES = {
     "statistics": Case(normalised),
     "statistics and examples": Case(normalised, by_example=True),
     "attention": Case(Attending, words, adamw),
+    "tied": Case(Tied, words),
     "micro-batches": Case(parts=2, kept=0),
     "a kernel of which there is no derivative": Case(lambda: Attending(1), words, adamw, kept=0),
     "autocast": Case(autocast=True),
@@ -150,7 +162,7 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kept, self.most, self.size, self.unproved = 0, 0, 0, 0
-        self.made, self.refused = WeakSet[Graph](), list[str]()
+        self.made, self.refused, self.since = WeakSet[Graph](), list[str](), 0
         take = Graphs.take
 
         def watched(graphs: Graphs, *given: Any) -> Any:
@@ -158,6 +170,7 @@ class Watched:
             if found is not None:
                 self.kept, self.size = self.kept + 1, found.graph.size
                 self.unproved += not found.proved
+                self.since += bool(self.refused)
                 self.made.add(found.graph)
             self.most = max(self.most, graphs.waiting)
             return found
@@ -258,6 +271,7 @@ def test_a_gradient_that_is_not_the_loops_is_noticed(
     assert torch.equal(found.steps, plain.steps)
     assert found.trust == plain.trust
     assert seen.refused
+    assert not seen.since  # all further updates are like the one that was refused
 
 
 def test_where_they_do_not_wait_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
