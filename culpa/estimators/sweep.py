@@ -17,6 +17,7 @@ from culpa.dynamics.clip import derivative as clip_derivative
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss
 from culpa.dynamics.propagator import CHOSEN, Exact, Propagator
+from culpa.dynamics.statistics import Pulled
 from culpa.dynamics.updates import Rules
 from culpa.estimators.effects import direct_effect, mismatch, slots_dot, statistics_made
 from culpa.estimators.probes import Probes
@@ -157,22 +158,12 @@ class Sweep:
         local = LocalLoss(self.problem, transition)
         raw = [local.spread(clip_derivative(transition.grads, record, w)) for _, _, w in pulled]
         propagator, probing = self.choice.propagator, self.probes.due(transition.index)
-        through, held = list[statistics.Pulled](), [p.statistics for p in self.adjoints]
-        slopes: list[Tensor] = []
-        if by_example is not None and math.isnan(self.probes.mean):
-            examples.check_losses(local, len(ids))
-        if self._together(propagator):
-            asked = self.running, raw, held, "apart" if probing else "added"
-            if by_example is None:
-                through = statistics.pullback(local, *asked)
-            else:
-                through, slopes = examples.with_statistics(local, *asked, len(ids))
-            curved = [one.product or {} for one in through]
-        elif by_example is None:
-            curved = propagator.products(local, raw)
+        if by_example is None:
+            curved, through = self._products(local, raw, probing)
         else:
-            curved, slopes = examples.products(propagator, local, raw, len(ids))
-        if by_example is not None:
+            if math.isnan(self.probes.mean):
+                examples.check_losses(local, len(ids))
+            curved, through, slopes = self._with_examples(local, raw, probing, len(ids))
             by_example.index_add_(0, torch.tensor(ids), torch.stack(slopes, dim=1))
         curved = self.choice.confirmed(local, raw, curved)
         if probing:
@@ -184,9 +175,41 @@ class Sweep:
             p.params = tree.add(params, bent)
             p.slots = {} if record.reset else slots
         if self.running:
-            through = through or statistics.pullback(local, self.running, raw, held)
+            through = through or statistics.pullback(local, self.running, raw, self._moved)
             for p, one in zip(self.adjoints, through, strict=True):
                 p.params, p.statistics = tree.add(p.params, one.gained), one.before
+
+    def _products(
+        self, local: LocalLoss, raw: Sequence[Tree], probing: bool
+    ) -> tuple[list[Tree], list[Pulled]]:
+        """C_k w, and what the running statistics pull back to where that came in the same pass.
+
+        C_k w is in the latter then, and empty, unless a probe wants it by itself.
+        """
+        propagator = self.choice.propagator
+        if not self._together(propagator):
+            return propagator.products(local, raw), []
+        how = "apart" if probing else "added"
+        through = statistics.pullback(local, self.running, raw, self._moved, how)
+        return [one.product or {} for one in through], through
+
+    def _with_examples(
+        self, local: LocalLoss, raw: Sequence[Tree], probing: bool, count: int
+    ) -> tuple[list[Tree], list[Pulled], list[Tensor]]:
+        """``_products``, and the slopes of the update's examples."""
+        propagator = self.choice.propagator
+        if not self._together(propagator):
+            curved, slopes = examples.products(propagator, local, raw, count)
+            return curved, [], slopes
+        how = "apart" if probing else "added"
+        asked = self.running, raw, self._moved, how
+        through, slopes = examples.with_statistics(local, *asked, count)
+        return [one.product or {} for one in through], through, slopes
+
+    @property
+    def _moved(self) -> list[Tree]:
+        """The cotangents of the running statistics."""
+        return [p.statistics for p in self.adjoints]
 
     def _together(self, propagator: Propagator) -> bool:
         """Whether the products come with what the running statistics pull back to, in one pass."""
