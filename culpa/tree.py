@@ -67,12 +67,13 @@ def map_values(function: Callable[[Tensor], Tensor], tree: Mapping[str, Tensor])
     return {name: function(value) for name, value in tree.items()}
 
 
-def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:
-    """a + b."""
-    if a.keys() == b.keys():
-        return {name: value + b[name] for name, value in a.items()}
-    both = {name: a[name] + b[name] for name in a if name in b}
-    return {**b, **a, **both}
+def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], factor: float = 1.0) -> Tree:
+    """a + factor * b."""
+    alpha = int(factor) if factor in (1.0, -1.0) else factor  # integers take no other
+    both = {name: torch.add(a[name], b[name], alpha=alpha) for name in a if name in b}
+    if len(both) == len(a) == len(b):
+        return both
+    return {**(b if factor == 1.0 else scale(factor, b)), **a, **both}
 
 
 def subtract(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tree:

@@ -45,4 +45,4 @@ def derivative(grads: Tree, record: StepRecord, direction: Tree) -> Tree:
     if factor >= 1.0:
         return direction
     along = tree.dot(grads, direction) * factor / (size * (size + EPSILON))
-    return tree.subtract(tree.scale(factor, direction), tree.scale(along, grads))
+    return tree.add(tree.scale(factor, direction), grads, -along)

@@ -222,7 +222,7 @@ def _extend(basis: list[Tree], vector: Tree, rank: int) -> None:
     rest = tree.scale(1.0 / size, vector)
     for _ in range(2):  # twice is enough (Kahan and Parlett)
         for one in basis:
-            rest = tree.subtract(rest, tree.scale(tree.dot(one, rest), one))
+            rest = tree.add(rest, one, -tree.dot(one, rest))
     left = tree.norm(rest)
     precision = max(torch.finfo(value.dtype).eps for value in vector.values())
     if left > 10.0 * precision:
@@ -236,5 +236,5 @@ def _coordinates(basis: Sequence[Tree], vector: Tree) -> Tensor:
 def _combine(basis: Sequence[Tree], coordinates: Tensor) -> Tree:
     total = tree.zeros_like(basis[0])
     for one, weight in zip(basis, coordinates.tolist(), strict=True):
-        total = tree.add(total, tree.scale(weight, one))
+        total = tree.add(total, one, weight)
     return total

@@ -99,9 +99,9 @@ class Exact:
         points = POINTS[self.at]
         total = tree.zeros_like(displacement)
         for x in points:
-            at = tree.subtract(local.params, tree.scale(x, displacement)) if x else local.params
+            at = tree.add(local.params, displacement, -x) if x else local.params
             found = hessian.products(local, at, [displacement], self._strategy)[0]
-            total = tree.add(total, tree.scale(1 / len(points), found))
+            total = tree.add(total, found, 1 / len(points))
         return total
 
     @property

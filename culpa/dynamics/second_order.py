@@ -47,4 +47,4 @@ class SecondOrder:
     def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:
         """See ``Propagator``."""
         bent, turned = self.third.jet(local, displacement)
-        return tree.subtract(bent, tree.scale(0.5, turned))
+        return tree.add(bent, turned, -0.5)

@@ -192,7 +192,7 @@ def pushforward(
             gained = _gradients(slopes, theta, aside)
     moved = {n: v for n, v in statistics.items() if n not in moving} | pushed
     for count, column in _columns(local, running).items():
-        moved = tree.add(moved, tree.scale(float(_entry(statistics, count)), column))
+        moved = tree.add(moved, column, float(_entry(statistics, count)))
     return tree.map_values(torch.detach, gained), tree.map_values(torch.detach, moved)
 
 

@@ -31,7 +31,7 @@ class _Curvature(ABC):
 
     def gradient_difference(self, local: LocalLoss, displacement: Tree) -> Tree:
         """See ``Propagator``: the matrix in the middle of the displacement, times it."""
-        middle = tree.subtract(local.params, tree.scale(0.5, displacement))
+        middle = tree.add(local.params, displacement, -0.5)
         return self._at(local, middle, [displacement])[0]
 
     @abstractmethod

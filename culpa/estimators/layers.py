@@ -119,7 +119,7 @@ def effect_by_layer(
         end = {name: final[name] for name in displacement}
         for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
             back = 0.5 * (1.0 - node)  # [-1, 1] to the share of D that is taken away
-            where = tree.subtract(end, tree.scale(back, displacement))
+            where = tree.add(end, displacement, -back)
             _add(split, at, _gradient(embeddings, behaviour, where), displacement, 0.5 * weight)
     effect = embeddings.effect(behaviour).mean(1)
     residual = effect - torch.stack(list(split.values())).sum(0)

@@ -88,7 +88,7 @@ def one_sided_difference(local: LocalLoss, at: Tree, vectors: Sequence[Tree]) ->
         if step is None:
             products.append(tree.zeros_like(at))
             continue
-        there = local.gradient(tree.add(at, tree.scale(step, v)))
+        there = local.gradient(tree.add(at, v, step))
         products.append(tree.scale(1.0 / step, tree.subtract(there, here)))
     return products
 
@@ -103,8 +103,8 @@ def central_differences(
         if step is None:
             products.append(tree.zeros_like(at))
             continue
-        above = local.gradient(tree.add(at, tree.scale(step, v)))
-        below = local.gradient(tree.subtract(at, tree.scale(step, v)))
+        above = local.gradient(tree.add(at, v, step))
+        below = local.gradient(tree.add(at, v, -step))
         products.append(tree.scale(0.5 / step, tree.subtract(above, below)))
     return products
 
