@@ -10,29 +10,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import goals
+from tables import Results, again, sideways, table, ten_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
-    ROOT / "docs" / "performance.md": ("recording", "peers", "growth", "guard"),
+    ROOT / "docs" / "performance.md": (
+        *("goals", "recording", "again", "sideways", "ten stages"),
+        *("peers", "growth", "guard"),
+    ),
     ROOT / "docs" / "scaling.md": ("held", "parameters", "fanout"),
     ROOT / "docs" / "distributed.md": ("in_shards",),
     ROOT / "docs" / "results" / "attribute_costs.md": ("attribute",),
 }
-Results = Mapping[str, Any]
 GAPS = ("steps", "stages", "examples")
 """Of scores."""
 MB = ("raised", "whole")
 """Of peak memory."""
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def peers(bergson: Results, dattri: Results) -> str:
@@ -69,16 +68,19 @@ def recording(results: Results) -> str:
     rows = [
         [
             f"{r['case']}; {r['updates']:,} updates",
+            r["threads"],
             f"{r['plain_microseconds_cpu'] / 1e3:.3g} ms",
             f"{r['ratio']:.2f} ({r['ratio_range'][0]:.2f}-{r['ratio_range'][1]:.2f})",
-            f"{r['ratio_loop']:.2f}",
-            f"{r['ratio_cpu_of_training_thread']:.2f}",
+            f"{r['ratio_per_update']:.2f}",
+            f"{r['ratio_per_update_cpu']:.2f}",
+            f"{r['once_updates']:.1f}",
             f"{r['total_to_every_state']:.2f}",
         ]
         for r in results["results"]
     ]
-    columns = ["run", "an update", "times plain training", "in the loop"]
-    return table([*columns, "its own processor time", "bytes, of every state's"], rows)
+    columns = ["run", "threads", "an update", "times plain training", "each further update"]
+    columns += ["its processor time", "once, in updates", "bytes, of every state's"]
+    return f"{table(columns, rows)}{_note(results)}"
 
 
 def attribute(results: Sequence[Results]) -> str:
@@ -217,9 +219,13 @@ def rendered(page: Path) -> str:
         return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
     tables = {
+        "goals": lambda: table(goals.COLUMNS, goals.rows(load)),
         "peers": lambda: peers(load("peers_bergson"), load("peers_dattri")),
         "recording": lambda: recording(load("recording")),
         "attribute": lambda: attribute(load("attribute_costs")),
+        "again": lambda: again(load("replay")["again"]),
+        "sideways": lambda: sideways(load("replay")["side by side"]),
+        "ten stages": lambda: ten_stages(load("ten_stages")),
         "growth": lambda: growth(load("growth")),
         "guard": lambda: guard(load("guard")),
         "held": lambda: held(load("held")),
