@@ -31,7 +31,7 @@ def _row(what: str, goal: float, found: Mapping[str, float], *, least: bool = Fa
         ", ".join(f"{name} {value:.3g}" for name, value in found.items() if reached(value) is side)
         for side in (True, False)
     ]
-    return what, f"{'at least' if least else 'at most'} {goal:g}", said[0], said[1]
+    return what, f"{'≥' if least else '≤'} {goal:g}", said[0], said[1]
 
 
 def _recording(results: Sequence[Mapping[str, Any]]) -> list[Row]:
