@@ -104,7 +104,8 @@ def _moments(param: Tensor, grad: Tensor, slots: TensorSlots, at: _Settings) -> 
 
 def _root(used: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """Of ``_Moments``: ``positive``, ``safe_root`` and ``root``."""
-    if not used.numel() or bool(used.amin() > 0):
+    # To look costs a pass, and an accelerator would have to be waited for.
+    if used.is_cpu and used.numel() and bool(used.amin() > 0):
         root = used.sqrt()
         return None, root, root
     # Taking the root of 1 where w = 0 and multiplying by 0 afterwards keeps the infinite derivative
