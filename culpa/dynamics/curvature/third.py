@@ -68,8 +68,7 @@ def by_difference(local: LocalLoss, v: Tree, hvp: str, relative_step: float = ST
         return bent, tree.zeros_like(v)
     step = relative_step * (tree.norm(local.params) or 1.0) / size
     above, below = (
-        hessian.products(local, tree.add(local.params, v, e), [v], hvp)[0]
-        for e in (step, -step)
+        hessian.products(local, tree.add(local.params, v, e), [v], hvp)[0] for e in (step, -step)
     )
     return bent, tree.scale(0.5 / step, tree.subtract(above, below))
 
