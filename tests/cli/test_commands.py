@@ -508,7 +508,7 @@ def test_an_audit_whose_replays_run_side_by_side_is_the_same(ask: Ask) -> None:
 def test_an_audit_keeps_its_results_and_takes_them_up_again(ask: Ask) -> None:
     train()
     assert ask("audit", "run", *P, "--out", "found").code == 0
-    kept = Path("found/work/results.jsonl")
+    kept = Path("found", "work", "results.jsonl")
     first, found = kept.read_bytes(), json.loads(Path("found/audit.json").read_text())
     kept.write_bytes(b"".join(first.splitlines(keepends=True)[:-2]))  # as if interrupted
     assert ask("audit", "run", *P, "--out", "found", "--resume").code == 0

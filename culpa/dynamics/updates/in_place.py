@@ -16,9 +16,12 @@ from torch.optim.sgd import sgd
 
 Moments = Mapping[str, Sequence[Tensor]]
 """The slots that ``slots_of`` names, one tensor for each parameter; written into."""
+Hyper = Mapping[str, Any]
+"""torch's param group, with its defaults."""
+_Many = list[Tensor]
 
 
-def slots_of(optimizer: str, hyper: Mapping[str, Any]) -> tuple[str, ...]:
+def slots_of(optimizer: str, hyper: Hyper) -> tuple[str, ...]:
     """The slots that hold tensors like the parameter's."""
     if optimizer == "SGD":
         return ("momentum_buffer",) if float(hyper["momentum"]) else ()
@@ -31,17 +34,16 @@ def step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     moments: Moments,
-    hyper: Mapping[str, Any],
+    hyper: Hyper,
     count: float,
 ) -> float:
     """One update of every parameter.
 
     Args:
-        optimizer: ``"SGD"``, ``"Adam"`` or ``"AdamW"``.
+        optimizer: ``"SGD"``, ``"Adam"`` or ``"AdamW"``, with its ``hyper``.
         params: written into.
         grads: like the parameters.
         moments: of a parameter that was not updated yet, whatever they hold.
-        hyper: torch's param group, with its defaults.
         count: updates before this one, of SGD 0 or 1.
 
     Returns:
@@ -50,13 +52,7 @@ def step(
     return _STEPS[optimizer]([*params], [*grads], moments, hyper, count)
 
 
-def _sgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    moments: Moments,
-    hyper: Mapping[str, Any],
-    count: float,
-) -> float:
+def _sgd(params: _Many, grads: _Many, moments: Moments, hyper: Hyper, count: float) -> float:
     held = moments.get("momentum_buffer", ())
     buffers: list[Tensor | None] = [*held] if count and held else [None] * len(params)
     numbers = {name: float(hyper[name]) for name in ("lr", "momentum", "dampening", "weight_decay")}
@@ -72,13 +68,7 @@ def _sgd(
     return 1.0
 
 
-def _adam(
-    params: list[Tensor],
-    grads: list[Tensor],
-    moments: Moments,
-    hyper: Mapping[str, Any],
-    count: float,
-) -> float:
+def _adam(params: _Many, grads: _Many, moments: Moments, hyper: Hyper, count: float) -> float:
     if not count:
         for values in moments.values():
             for value in values:
