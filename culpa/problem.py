@@ -121,7 +121,16 @@ class Problem:
 
     def example_losses_at(self, params: Mapping[str, Tensor], buffers: Tree, batch: Any) -> Tensor:
         """The losses of the examples of a micro-batch, shape ``[B]``, as a pure function."""
-        losses = self.call_at(self.graded, params, buffers, batch)
+        return self.example_losses_in(params, _copied(buffers), batch)
+
+    def example_losses_in(self, params: Mapping[str, Tensor], buffers: Tree, batch: Any) -> Tensor:
+        """As ``example_losses_at``, but modules read and write the very tensors ``buffers``."""
+        if self.example_losses is None:
+            raise OptionError(
+                "examples=True needs Problem(model, loss, example_losses=...): a function "
+                "(model, batch) -> [B] whose mean is the loss."
+            )
+        losses = self.call_in(self.example_losses, params, buffers, batch)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ProblemError(
@@ -130,22 +139,11 @@ class Problem:
             )
         return losses
 
-    @property
-    def graded(self) -> Loss:
-        """``example_losses``; raises ``OptionError`` where none was given."""
-        if self.example_losses is None:
-            raise OptionError(
-                "examples=True needs Problem(model, loss, example_losses=...): a function "
-                "(model, batch) -> [B] whose mean is the loss."
-            )
-        return self.example_losses
-
     def call_at(
         self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
     ) -> Any:
         """``function(model, batch)`` with the model's tensors replaced, the model untouched."""
-        # Clones: a module in train mode writes its running statistics into what it is given.
-        return self.call_in(function, params, {n: t.clone() for n, t in buffers.items()}, batch)
+        return self.call_in(function, params, _copied(buffers), batch)
 
     def call_in(
         self, function: Function, params: Mapping[str, Tensor], buffers: Tree, batch: Any
@@ -153,6 +151,11 @@ class Problem:
         """As ``call_at``, but modules read and write the very tensors ``buffers``."""
         with without_shortcuts(), self._places.swapped({**params, **buffers}):
             return function(self.model, batch)
+
+
+def _copied(buffers: Tree) -> Tree:
+    # A module in train mode writes its running statistics into what it is given.
+    return {name: value.clone() for name, value in buffers.items()}
 
 
 class StagedProblem(Problem):

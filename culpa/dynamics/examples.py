@@ -52,8 +52,8 @@ class Weighted(LocalLoss):
 
     def part(self, params: Tree, buffers: Tree, batch: object, at: int) -> Tensor:
         """As for ``LocalLoss``, weighted."""
-        problem, everything = self.problem, self.everything(_without(params))
-        losses = problem.call_in(problem.graded, everything, buffers, batch)
+        everything = self.everything(_without(params))
+        losses = self.problem.example_losses_in(everything, buffers, batch)
         rows = [len(micro.rows) for micro in self.transition.record.contributing]
         return (params[WEIGHTS].split(rows)[at] * losses).mean()
 

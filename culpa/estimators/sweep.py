@@ -16,7 +16,7 @@ from culpa.dynamics.clip import clip
 from culpa.dynamics.clip import derivative as clip_derivative
 from culpa.dynamics.curvature import hessian
 from culpa.dynamics.local import LocalLoss
-from culpa.dynamics.propagator import CHOSEN, Exact, Propagator
+from culpa.dynamics.propagator import CHOSEN, Exact
 from culpa.dynamics.statistics import Pulled
 from culpa.dynamics.updates import Rules
 from culpa.estimators.effects import direct_effect, mismatch, slots_dot, statistics_made
@@ -186,9 +186,8 @@ class Sweep:
 
         C_k w is in the latter then, and empty, unless a probe wants it by itself.
         """
-        propagator = self.choice.propagator
-        if not self._together(propagator):
-            return propagator.products(local, raw), []
+        if not self._together:
+            return self.choice.propagator.products(local, raw), []
         how = "apart" if probing else "added"
         through = statistics.pullback(local, self.running, raw, self._moved, how)
         return [one.product or {} for one in through], through
@@ -197,9 +196,8 @@ class Sweep:
         self, local: LocalLoss, raw: Sequence[Tree], probing: bool, count: int
     ) -> tuple[list[Tree], list[Pulled], list[Tensor]]:
         """``_products``, and the slopes of the update's examples."""
-        propagator = self.choice.propagator
-        if not self._together(propagator):
-            curved, slopes = examples.products(propagator, local, raw, count)
+        if not self._together:
+            curved, slopes = examples.products(self.choice.propagator, local, raw, count)
             return curved, [], slopes
         how = "apart" if probing else "added"
         asked = self.running, raw, self._moved, how
@@ -211,8 +209,10 @@ class Sweep:
         """The cotangents of the running statistics."""
         return [p.statistics for p in self.adjoints]
 
-    def _together(self, propagator: Propagator) -> bool:
+    @property
+    def _together(self) -> bool:
         """Whether the products come with what the running statistics pull back to, in one pass."""
+        propagator = self.choice.propagator
         if not self.running or sharing() is not None:
             return False
         return isinstance(propagator, Exact) and propagator.hvp in (*CHOSEN, "reverse-over-reverse")
